@@ -1,0 +1,5 @@
+"""`python -m ktlsd` is `ktlsd`."""
+
+from ktlsd.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""The command line: serve, doctor, check. Exit status 0 fine, 1 can't run, 2 misuse; errors are one line on stderr."""
+
+import logging
+import platform
+import ssl
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+import msgspec
+
+from ktlsd import __version__
+from ktlsd.errors import KtlsdError, SettingsError
+from ktlsd.net import handover
+from ktlsd.net.handover import KernelFacts
+from ktlsd.net.kernel import LinuxKernel
+from ktlsd.server import run
+from ktlsd.settings import Settings, load_file, validate
+
+
+def _errors_as_exit_status(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KtlsdError as error:
+            print(f"ktlsd: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, SettingsError) else 1)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ktlsd")
+def main() -> None:
+    """An HTTPS file server whose bulk data is encrypted by the kernel."""
+
+
+@main.command()
+@click.argument("directory", metavar="[DIR]", required=False)
+@click.option("--listen", metavar="HOST:PORT", multiple=True, help="Where to listen; may be repeated. [localhost:8443]")
+@click.option("--cert", metavar="PEM", help="Certificate chain, leaf first. Without one a development certificate is made.")
+@click.option("--key", metavar="PEM", help="The certificate's private key, not encrypted.")
+@click.option("--config", metavar="FILE", help="TOML configuration; flags given here win over it.")
+@click.option(
+    "--ktls",
+    type=click.Choice(["auto", "require", "off"]),
+    help="auto: the kernel encrypts where it can. require: exit 1 if it can't. off: userspace only. [auto]",
+)
+@click.option("--workers", metavar="N", type=int, help="Worker processes; this release has one. [1]")
+@click.option("--alpn", metavar="LIST", help="Protocols offered, by commas; this release speaks http/1.1.")
+@click.option("--access-log", metavar="FILE|-", help="One line per request; - is standard output. [none]")
+@click.option("--log-format", type=click.Choice(["combined", "json"]), help="Form of the access log. [json]")
+@_errors_as_exit_status
+def serve(config: str | None, **flags: Any) -> None:
+    """Serve the files in DIR (default: this folder) over HTTPS."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
+    settings = _merge(load_file(config) if config else Settings(), flags)
+    validate(settings)
+    run.serve(settings, announce=_announce)
+
+
+def _announce(line: str) -> None:
+    print(line, flush=True)
+
+
+def _merge(settings: Settings, flags: dict[str, Any]) -> Settings:
+    """Lay what was said on the command line over the settings. Raises SettingsError."""
+    replace = msgspec.structs.replace
+    if flags["workers"] not in (None, 1):
+        raise SettingsError(f"--workers: {flags['workers']}: this release runs one worker; leave it out")
+    if flags["alpn"] is not None and flags["alpn"] != "http/1.1":
+        raise SettingsError(f"--alpn: {flags['alpn']!r}: this release speaks http/1.1 only")
+    places = {"directory": (None, "root"), "cert": ("tls", "cert"), "key": ("tls", "key"), "ktls": ("ktls", "mode")}
+    places |= {"access_log": ("log", "access"), "log_format": ("log", "format")}
+    for flag, (section, key) in places.items():
+        if flags[flag] is not None:
+            part = replace(getattr(settings, section), **{key: flags[flag]}) if section else None
+            settings = replace(settings, **({section: part} if section else {key: flags[flag]}))
+    if flags["listen"]:
+        settings = replace(settings, listen=flags["listen"])
+    return settings
+
+
+@main.command()
+@click.argument("file")
+@_errors_as_exit_status
+def check(file: str) -> None:
+    """Validate the configuration FILE: exit 2 with file, key and reason if it can't be used."""
+    settings = load_file(file)
+    try:
+        run.check(settings)
+    except SettingsError as error:
+        raise SettingsError(f"{file}: {error}") from error
+    print(f"{file}: fine")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Tell what this kernel encrypts, per TLS version and cipher, and what to do where it doesn't.
+
+    Exit status 0 only if kernel TLS works (all AES-GCM combinations), else 1.
+    """
+    kernel = LinuxKernel()
+    facts = handover.self_test(kernel, handover.probe(kernel))
+    report = _report(facts)
+    print(msgspec.json.encode(report).decode() if as_json else _report_text(report))
+    sys.exit(0 if facts.takes_aes else 1)
+
+
+def _report(facts: KernelFacts) -> dict[str, Any]:
+    return {
+        "ktlsd": __version__,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "openssl": ssl.OPENSSL_VERSION,
+        "works": facts.takes_aes,
+        "rekey": facts.rekey,
+        "combinations": [
+            {
+                "version": combination.split()[0],
+                "cipher": combination.split()[1],
+                "accepted": not reason,
+                "reason": reason or None,
+                "remedy": handover.remedy(reason) or None,
+            }
+            for combination, reason in ((handover.combination_name(c), r) for c, r in facts.refusals.items())
+        ],
+    }
+
+
+def _report_text(report: dict[str, Any]) -> str:
+    lines = [f"ktlsd {report['ktlsd']} on Linux {report['kernel']}, Python {report['python']}, {report['openssl']}", ""]
+    for row in report["combinations"]:
+        verdict = "the kernel encrypts; self-test passed" if row["accepted"] else f"no: {row['reason']}"
+        lines.append(f"  {row['version']}  {row['cipher']:<18} {verdict}")
+    rekey = "yes" if report["rekey"] else "no (needs 6.14): a client's KeyUpdate ends its connection after the response"
+    lines += [f"  TLSv1.3  rekey              {rekey}" if report["works"] else "", ""]
+    remedies = dict.fromkeys(row["remedy"] for row in report["combinations"] if row["remedy"])
+    lines += remedies or (["Kernel TLS works."] if report["works"] else ["Kernel TLS does not work here."])
+    return "\n".join(lines)

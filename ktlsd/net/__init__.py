@@ -1,0 +1,1 @@
+"""Every socket system call in the project. Nothing here knows HTTP; nothing here waits but the poller."""

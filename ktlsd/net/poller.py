@@ -1,0 +1,124 @@
+"""The one place that waits: epoll, deadlines, and the list of those who have more to do at once.
+
+Knows nothing of connections: a source is anything with a `fileno`, and what it means is the caller's. Edge-triggered and
+registered once, so that a source costs no system call per wait; whoever stops before would-block must `again` itself.
+"""
+
+import heapq
+import select
+from collections.abc import Iterator
+from typing import Final, NamedTuple, Protocol
+
+READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_EDGES: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_MAX_WAIT: Final = 3600.0  # seconds
+
+
+class Source(Protocol):
+    """Something with a descriptor and, perhaps, a moment at which it wants to be woken."""
+
+    deadline: float  # monotonic seconds, inf for none
+
+    def fileno(self) -> int:
+        """The descriptor, the same from `add` to `remove`."""
+
+
+class Event(NamedTuple):
+    """What woke a source: `readable` if input (or an end) may have come, `overdue` if its deadline passed."""
+
+    source: Source
+    readable: bool
+    overdue: bool
+
+
+class Poller:
+    """Sources by descriptor; deadlines in a heap whose stale entries are dropped when they come up."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._sources: dict[int, Source] = {}
+        self._heap: list[tuple[float, int, int]] = []
+        self._scheduled: dict[int, float] = {}  # fd -> the earliest heap entry's moment
+        self._serial = 0
+        self._again: dict[int, Source] = {}
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def add(self, source: Source, *, level_triggered: bool = False) -> None:
+        """Watch a source from now on. `level_triggered` for listeners and signals, which are read only."""
+        fd = source.fileno()
+        self._epoll.register(fd, select.EPOLLIN if level_triggered else _EDGES)
+        self._sources[fd] = source
+        self.reschedule(source, fd)
+
+    def remove(self, source: Source) -> None:
+        """Stop watching a source that stays open."""
+        fd = source.fileno()
+        if self._sources.get(fd) is source:
+            self._epoll.unregister(fd)
+            self.forget(fd)
+
+    def forget(self, fd: int) -> None:
+        """Let go of a source whose descriptor has been closed, which ended epoll's own watch."""
+        self._sources.pop(fd, None)
+        self._again.pop(fd, None)
+        self._scheduled.pop(fd, None)
+
+    def again(self, source: Source) -> None:
+        """Hand the source out in the next round whether or not an edge comes: it stopped because its turn was over."""
+        self._again[source.fileno()] = source
+
+    def reschedule(self, source: Source, fd: int) -> None:
+        """Take notice of a changed deadline. A later one costs nothing: the entry there moves on when it comes up."""
+        deadline = source.deadline
+        if deadline < self._scheduled.get(fd, float("inf")):
+            self._push(deadline, fd)
+
+    def _push(self, deadline: float, fd: int) -> None:
+        self._serial += 1
+        self._scheduled[fd] = deadline
+        heapq.heappush(self._heap, (deadline, self._serial, fd))
+
+    def wait(self, now: float) -> list[tuple[int, int]]:
+        """Wait until something is ready or a deadline has passed; return epoll's (descriptor, events)."""
+        timeout = _MAX_WAIT
+        if self._again:
+            timeout = 0
+        elif self._heap:
+            timeout = min(max(self._heap[0][0] - now, 0), _MAX_WAIT)
+        return self._epoll.poll(timeout)
+
+    def events(self, ready: list[tuple[int, int]], now: float) -> Iterator[Event]:
+        """Yield what `wait` returned and what is due, each source once; sources removed meanwhile are left out."""
+        due = self._due(now)
+        again, self._again = self._again, {}
+        for fd, mask in ready:
+            source = self._sources.get(fd)
+            if source is not None:
+                again.pop(fd, None)
+                yield Event(source, bool(mask & READABLE), due.pop(fd, None) is not None)
+        for fd, source in again.items():
+            if self._sources.get(fd) is source:
+                yield Event(source, readable=False, overdue=due.pop(fd, None) is not None)
+        for fd, source in due.items():
+            if self._sources.get(fd) is source:
+                yield Event(source, readable=False, overdue=True)
+
+    def _due(self, now: float) -> dict[int, Source]:
+        due: dict[int, Source] = {}
+        while self._heap and self._heap[0][0] <= now:
+            moment, _, fd = heapq.heappop(self._heap)
+            if self._scheduled.get(fd) != moment:
+                continue
+            del self._scheduled[fd]
+            source = self._sources[fd]
+            if source.deadline <= now:
+                due[fd] = source
+            else:
+                self.reschedule(source, fd)
+        return due
+
+    def close(self) -> None:
+        """Let go of epoll itself."""
+        self._epoll.close()

@@ -1,0 +1,1 @@
+"""Sans-IO HTTP: bytes in, requests out; responses in, segments out."""

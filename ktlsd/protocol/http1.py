@@ -1,0 +1,353 @@
+"""HTTP/1.1 on the wire (RFC 9112): a connection's bytes to requests, responses to segments.
+
+The head of a request is read by hand: the rules are few, and here each has its own answer and status. What a lenient
+parser lets through (bare LF, obs-fold, a space before the colon, two lengths) is how requests are smuggled past a proxy.
+"""
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from ktlsd.errors import RequestError
+from ktlsd.protocol.bodies import BodyDrain
+from ktlsd.protocol.messages import Completed, Refused, Request, Response, reason_phrase
+from ktlsd.slices import FileSlice, Segment
+
+MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
+MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
+MAX_FIELDS: Final = 100
+MAX_PIPELINED: Final = 16  # requests understood and not yet answered; more wait in the buffer
+MAX_BUFFERED: Final = MAX_HEAD + 4  # bytes; above it no more input is wanted
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+_FIELD: Final = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+_HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]*)(?::\d{0,5})?")
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """One request's answer on its way out."""
+
+    stream_id: int
+    keep_alive: bool
+    head_only: bool
+    http10: bool
+    response: Response | None = None
+    head: bytes | memoryview = b""
+    body_sent: int = 0
+    continue_wanted: bool = False
+
+
+class Http1Connection:
+    """One connection's protocol state. Call `receive` with what came, `respond` to each request in any order,
+    send from `next_output`, tell with `sent` how much was accepted.
+    """
+
+    def __init__(self, *, max_requests: int = 10_000) -> None:
+        self._buffer = bytearray()
+        self._searched = 0  # the buffer holds no end of head before this
+        self._exchanges: deque[_Exchange] = deque()
+        self._body: BodyDrain | None = None
+        self._next_id = 1
+        self._left = max_requests
+        self._line = b""  # the last request line, for the log
+        self._refused = False  # nothing is read any more
+        self._draining = False
+        self.closing = False  # the last response is out: close
+
+    # --- what the server wants to know -----------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is owed or on its way."""
+        return bool(self._exchanges)
+
+    @property
+    def head_begun(self) -> bool:
+        """Whether part of a request, or of its body, has come and the rest has not."""
+        return bool(self._buffer) or self._body is not None
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether there is room for more input; without it the peer has to wait (TCP's window fills)."""
+        return not self._refused and len(self._buffer) < MAX_BUFFERED and len(self._exchanges) < MAX_PIPELINED
+
+    @property
+    def body_bytes(self) -> int:
+        """The length of the response body that is being sent, headers not counted."""
+        exchange = self._exchanges[0] if self._exchanges else None
+        return exchange.body_sent + exchange.response.body_bytes if exchange and exchange.response else 0
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> list[Request | Refused]:
+        """Take input, return the requests that are whole. Call with b"" after responses went out: more may be waiting."""
+        if self._refused:
+            return []  # thrown away: the connection ends with the response that says why
+        self._buffer += data
+        found: list[Request | Refused] = []
+        while len(self._exchanges) < MAX_PIPELINED and not self._refused:
+            try:
+                if self._body is not None and not self._drop_body():
+                    break
+                head = self._take_head()
+                if head is None:
+                    break
+                found.append(self._parse(head))
+            except RequestError as error:
+                found.append(self._refuse(error))
+        return found
+
+    def give_up(self, error: RequestError) -> Refused:
+        """Refuse what has come of a request so far (408, 503): the answer goes out, then the connection closes."""
+        return self._refuse(error)
+
+    def end_of_input(self) -> None:
+        """The peer sends no more: answer what is whole, then close."""
+        self._refused = True
+        self._buffer.clear()
+        self._close_when_done()
+
+    def drain(self, *, one_more: bool = False) -> None:
+        """Answer what has been asked, then close; with `one_more` wait for a request if there has been none."""
+        self._draining = True
+        if not self._exchanges and not self.head_begun and not one_more:
+            self.closing = True
+
+    def _close_when_done(self) -> None:
+        if self._exchanges:
+            self._exchanges[-1].keep_alive = False
+        else:
+            self.closing = True
+
+    def _take_head(self) -> bytes | None:
+        """Cut the next request's head, without its empty line, out of the buffer; None if it isn't whole yet."""
+        buffer = self._buffer
+        while buffer.startswith(b"\r\n"):  # empty lines before a request are to be ignored (RFC 9112 §2.2)
+            del buffer[:2]
+            self._searched = 0
+        end = buffer.find(b"\r\n\r\n", max(self._searched - 3, 0))
+        if end < 0:
+            self._searched = len(buffer)
+            line_end = buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
+            if line_end < 0 and len(buffer) > MAX_REQUEST_LINE:
+                raise RequestError(414, f"The request line is longer than {MAX_REQUEST_LINE} bytes.")
+            if len(buffer) > MAX_HEAD:
+                raise RequestError(431, f"The header is larger than {MAX_HEAD} bytes.")
+            if buffer.find(b"\n\n") >= 0 or buffer.startswith(b"\n"):
+                raise RequestError(400, "Lines must end in CR LF.")
+            return None
+        head = bytes(buffer[:end])
+        del buffer[: end + 4]
+        self._searched = 0
+        return head
+
+    def _parse(self, head: bytes) -> Request:
+        line, _, rest = head.partition(b"\r\n")
+        self._line = line[:256]
+        if len(line) > MAX_REQUEST_LINE:
+            raise RequestError(414, f"The request line is longer than {MAX_REQUEST_LINE} bytes.")
+        if len(head) > MAX_HEAD:
+            raise RequestError(431, f"The header is larger than {MAX_HEAD} bytes.")
+        match = _REQUEST_LINE.fullmatch(line)
+        if match is None:
+            raise RequestError(400, "The request line is not METHOD TARGET HTTP/1.1.")
+        method, target, major, minor = match.groups()
+        if major != b"1":
+            raise RequestError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+        http10 = minor == b"0"
+        headers = _parse_fields(rest)
+        values: dict[bytes, list[bytes]] = {}
+        for name, value in headers:
+            values.setdefault(name, []).append(value)
+        target, host = _target_and_host(method, target, values, http10=http10)
+        self._body = BodyDrain.for_request(values, http10=http10)
+        keep_alive = self._persistent(values.get(b"connection", []), http10=http10)
+        exchange = _Exchange(self._take_id(), keep_alive, method == b"HEAD", http10)
+        expectation = values.get(b"expect")
+        if expectation is not None and not http10:
+            if [value.lower() for value in expectation] != [b"100-continue"]:
+                raise RequestError(417, "The only expectation met here is 100-continue.")
+            exchange.continue_wanted = self._body is not None and not self._buffer
+        self._exchanges.append(exchange)
+        self._line = b""
+        return Request(
+            method=method.decode("ascii"),
+            target=target,
+            host=host,
+            headers=headers,
+            version="HTTP/1.0" if http10 else "HTTP/1.1",
+            stream_id=exchange.stream_id,
+        )
+
+    def _persistent(self, connection: list[bytes], *, http10: bool) -> bool:
+        """Whether the connection goes on after this request (RFC 9112 §9.3)."""
+        self._left -= 1
+        options = {option.strip().lower() for value in connection for option in value.split(b",")}
+        if b"close" in options or self._left <= 0:
+            return False
+        return not http10 or b"keep-alive" in options
+
+    def _refuse(self, error: RequestError) -> Refused:
+        """Answer with an error in its turn, and read no further: where the next request starts is not known any more."""
+        line = self._line or bytes(self._buffer[:256]).partition(b"\r\n")[0]
+        self._refused = True
+        self._body = None
+        self._buffer.clear()
+        exchange = _Exchange(self._take_id(), keep_alive=False, head_only=False, http10=False)
+        self._exchanges.append(exchange)
+        return Refused(error, exchange.stream_id, line)
+
+    def _drop_body(self) -> bool:
+        """Throw a request's body away; True once all of it has come. Raises RequestError if it is malformed or too long."""
+        assert self._body is not None
+        self._body.feed(self._buffer)
+        if not self._body.done:
+            return False
+        self._body = None
+        return True
+
+    def _take_id(self) -> int:
+        stream_id = self._next_id
+        self._next_id += 1
+        return stream_id
+
+    # --- responses -------------------------------------------------------------------------------------------------
+
+    def respond(self, stream_id: int, response: Response) -> None:
+        """Queue the answer to a request; it goes out in the order the requests came in."""
+        exchange = next(e for e in self._exchanges if e.stream_id == stream_id)
+        if response.close_connection or self._draining:
+            exchange.keep_alive = False
+        exchange.response = response
+        exchange.head = _head(response, exchange)
+        if exchange.head_only:
+            response.close()
+
+    def next_output(self, budget: int) -> list[Segment]:
+        """Return the segments to send next, about `budget` bytes or one file slice; [] if there are none now."""
+        out: list[Segment] = []
+        for exchange in self._exchanges:
+            if exchange.response is None or budget <= 0:
+                break
+            if exchange.head:
+                out.append(exchange.head)
+                budget -= len(exchange.head)
+            for segment in exchange.response.body:
+                out.append(segment)
+                budget -= len(segment)
+            if not exchange.keep_alive:
+                break
+        return out
+
+    def sent(self, count: int) -> list[Completed]:
+        """Account for `count` bytes from the front of `next_output` that are gone; return the responses now complete."""
+        completed = []
+        while self._exchanges:
+            exchange = self._exchanges[0]
+            response = exchange.response
+            if response is None:
+                break
+            gone = min(count, len(exchange.head))
+            if gone:
+                exchange.head = memoryview(exchange.head)[gone:]
+                count -= gone
+            while response.body and (count or not len(response.body[0])):
+                segment = response.body[0]
+                gone = min(count, len(segment))
+                count -= gone
+                exchange.body_sent += gone
+                if gone == len(segment):
+                    response.body.pop(0)
+                    if isinstance(segment, FileSlice):
+                        segment.close()
+                elif isinstance(segment, FileSlice):
+                    segment.advance(gone)
+                else:
+                    response.body[0] = memoryview(segment)[gone:]
+            if exchange.head or response.body:
+                break
+            completed.append(self._finish(exchange, response))
+        assert count == 0, "more bytes were sent than there were"
+        return completed
+
+    def _finish(self, exchange: _Exchange, response: Response) -> Completed:
+        self._exchanges.popleft()
+        if not exchange.keep_alive:
+            # What the client pipelined behind it gets no answer (RFC 9112 §9.6).
+            self.closing = True
+            self._refused = True
+        elif self._draining and not self._exchanges:
+            self.closing = True
+        return Completed(exchange.stream_id, response.status, exchange.body_sent)
+
+    def abandon(self) -> list[tuple[int, int, int]]:
+        """Let go of all unfinished responses; return (stream_id, status or 0, body bytes sent) of each."""
+        left = []
+        for exchange in self._exchanges:
+            status = exchange.response.status if exchange.response else 0
+            left.append((exchange.stream_id, status, exchange.body_sent))
+            if exchange.response is not None:
+                exchange.response.close()
+        self._exchanges.clear()
+        return left
+
+
+def _head(response: Response, exchange: _Exchange) -> bytes:
+    """Return status line, fields and the empty line; an interim 100 in front if the client waits for it."""
+    lines = [b"HTTP/1.1 %d %s\r\n" % (response.status, reason_phrase(response.status).encode("ascii"))]
+    lines += [b"%s: %s\r\n" % header for header in response.headers]
+    if response.content_length is not None:
+        lines.append(b"Content-Length: %d\r\n" % response.content_length)
+    if not exchange.keep_alive:
+        lines.append(b"Connection: close\r\n")
+    elif exchange.http10:
+        lines.append(b"Connection: keep-alive\r\n")
+    lines.append(b"\r\n")
+    if exchange.continue_wanted and response.status < 400:
+        lines.insert(0, _CONTINUE)
+    return b"".join(lines)
+
+
+def _parse_fields(rest: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the field lines, names in lower case. Raises RequestError: 400 for a malformed one, 431 for too many."""
+    if not rest:
+        return ()
+    lines = rest.split(b"\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise RequestError(431, f"There are more than {MAX_FIELDS} header fields.")
+    headers = []
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            raise RequestError(400, "A header line is malformed.")
+        name, value = match.groups()
+        headers.append((name.lower(), value))
+    return tuple(headers)
+
+
+def _target_and_host(method: bytes, target: bytes, values: dict[bytes, list[bytes]], *, http10: bool) -> tuple[bytes, bytes]:
+    """Return the target in origin-form (or "*") and the host it is for (RFC 9112 §3.2). Raises RequestError(400)."""
+    hosts = values.get(b"host", [])
+    if len(hosts) > 1 or (not hosts and not http10):
+        raise RequestError(400, "There must be exactly one Host field.")
+    host = hosts[0] if hosts else b""
+    if not _HOST.fullmatch(host):
+        raise RequestError(400, "The Host field is not a host.")
+    if target.startswith(b"/"):
+        return target, host
+    if target == b"*":
+        if method != b"OPTIONS":
+            raise RequestError(400, "The target * is for OPTIONS only.")
+        return target, host
+    scheme, separator, rest = target.partition(b"://")
+    if separator and scheme.lower() in (b"http", b"https"):
+        cut = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+        authority, path = rest[:cut], rest[cut:]
+        if not authority or not _HOST.fullmatch(authority):
+            raise RequestError(400, "The target's host is not a host.")
+        return path if path.startswith(b"/") else b"/" + path, authority
+    raise RequestError(400, "The target is neither a path nor an http(s) URL.")

@@ -1,0 +1,81 @@
+"""A request as it was understood, a response before it has a form on the wire; the same for every version of HTTP."""
+
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from ktlsd.errors import RequestError
+from ktlsd.slices import FileSlice, Segment
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request. `target` is as received (origin-form or "*"), `host` the authority asked for, without userinfo.
+
+    Field names in `headers` are lower case, values without surrounding white space.
+    """
+
+    method: str
+    target: bytes
+    host: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    version: str  # "HTTP/1.1", "HTTP/1.0", "HTTP/2"
+    stream_id: int
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the value of a field, its lines joined by ", " (RFC 9110 §5.3); None if it was not sent."""
+        values = [value for key, value in self.headers if key == name]
+        return b", ".join(values) if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that can't be passed on: answer `error` in its turn, then close."""
+
+    error: RequestError
+    stream_id: int
+    request_line: bytes  # as far as it was readable, for the log
+
+
+@dataclass(slots=True)
+class Response:
+    """Status, fields and body. `content_length` is the body a GET would get; a HEAD's `body` is empty all the same.
+
+    `body` holds references to files: whoever drops a response unsent calls `close`.
+    """
+
+    status: int
+    headers: Headers
+    body: list[Segment] = field(default_factory=list)
+    content_length: int | None = 0  # None: the status has no body (304, 204)
+    close_connection: bool = False
+
+    @property
+    def body_bytes(self) -> int:
+        """How many bytes will be sent behind the header."""
+        return sum(len(segment) for segment in self.body)
+
+    def close(self) -> None:
+        """Let go of the files in the body."""
+        for segment in self.body:
+            if isinstance(segment, FileSlice):
+                segment.close()
+        self.body = []
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A response whose last byte the channel has accepted."""
+
+    stream_id: int
+    status: int
+    body_bytes: int
+
+
+def reason_phrase(status: int) -> str:
+    """Return the phrase for a status, "Unknown" if it has none."""
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"

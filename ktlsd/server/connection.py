@@ -1,0 +1,306 @@
+"""One connection from accept to close: `pump` moves it on as far as it goes without waiting.
+
+handshake -> HTTP -> closing -> closed. Output first, then input, then back to the poller.
+"""
+
+import enum
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from ktlsd.errors import FileTruncated, Overdue, PeerError, PeerTruncated, PlainHttp, RequestError, UnexpectedMessage
+from ktlsd.net.channel import Channel, Mode
+from ktlsd.protocol.http1 import Http1Connection
+from ktlsd.protocol.messages import Completed, Refused, Request
+from ktlsd.server.accesslog import AccessLog, Entry, TlsFacts, timestamp
+from ktlsd.server.metrics import Metrics
+from ktlsd.server.responder import Responder
+from ktlsd.settings import Limits
+
+_BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs
+_KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
+_CLOSE_TICK: Final = 0.05  # seconds between looks at what TCP still holds, doubling up to a second
+_PLAIN_ANSWER: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 60\r\nConnection: close\r\n\r\n"
+    b"This port speaks HTTPS. Use https:// instead of http://.   \n"
+)
+
+
+class _Stage(enum.Enum):
+    HANDSHAKE = enum.auto()
+    HTTP = enum.auto()
+    CLOSING = enum.auto()
+    CLOSED = enum.auto()
+
+
+class Turn(enum.Enum):
+    """How a pump ended."""
+
+    WAIT = enum.auto()  # until the socket or the deadline says so
+    AGAIN = enum.auto()  # the turn was over, there is more to do
+    CLOSED = enum.auto()
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request that is being answered."""
+
+    request: Request | Refused
+    started: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What connections share: none of it belongs to any."""
+
+    responder: Responder
+    access_log: AccessLog
+    metrics: Metrics
+    limits: Limits
+
+
+class Connection:
+    """A client. A source for the poller: `fileno` and `deadline` (monotonic seconds)."""
+
+    __slots__ = (
+        "_channel",
+        "_client",
+        "_close_tick",
+        "_close_until",
+        "_fd",
+        "_http",
+        "_key_update_window",
+        "_pending",
+        "_services",
+        "_stage",
+        "_unacknowledged",
+        "deadline",
+        "draining",
+    )
+
+    def __init__(self, channel: Channel, client: tuple[str, int], services: Services, now: float) -> None:
+        self._channel = channel
+        self._client = client
+        self._services = services
+        self._http = Http1Connection(max_requests=services.limits.requests_per_connection)
+        self._pending: dict[int, _Pending] = {}
+        self._stage = _Stage.HANDSHAKE
+        self._fd = channel.fileno()
+        self._key_update_window = (now, 0)
+        self._close_tick = _CLOSE_TICK
+        self._close_until = 0.0
+        self._unacknowledged = 0
+        self.deadline = now + services.limits.handshake_timeout
+        self.draining = False
+
+    def fileno(self) -> int:
+        """The descriptor, the same from accept to close."""
+        return self._fd
+
+    # --- the one function ------------------------------------------------------------------------------------------
+
+    def pump(self, now: float, *, readable: bool, overdue: bool) -> tuple[Turn, str | None]:
+        """Do all that can be done at once; return how it ended and, if the peer was at fault, one line about it."""
+        if readable:
+            self._channel.readable = True
+        try:
+            if overdue and self.deadline <= now:
+                self._overdue(now)
+            if self._stage is _Stage.HANDSHAKE:
+                if not self._channel.try_handshake():
+                    return Turn.WAIT, None
+                self._established(now)
+            if self._stage is _Stage.HTTP and self._pump_http(now):
+                return Turn.AGAIN, None
+            if self._stage is _Stage.CLOSING:
+                self._pump_closing(now)
+        except (PeerError, FileTruncated) as error:
+            return Turn.CLOSED, self._fail(error)
+        return (Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.WAIT), None
+
+    def _established(self, now: float) -> None:
+        self._stage = _Stage.HTTP
+        session, metrics = self._channel.session, self._services.metrics
+        metrics.count("handshakes_resumed" if session.resumed else "handshakes_full")
+        self.deadline = now + self._services.limits.idle_timeout
+        if self.draining:
+            self._http.drain(one_more=True)
+
+    def _pump_http(self, now: float) -> bool:
+        """Output, then input, until neither moves; True if the turn's budget ended it."""
+        http, channel = self._http, self._channel
+        spent = 0
+        while True:
+            while segments := http.next_output(_BUDGET):
+                sent = channel.try_send(segments, body_bytes=http.body_bytes)
+                if sent is None:
+                    break
+                self._completed(http.sent(sent))
+                self._set_deadline(now)
+                spent += sent
+                if spent >= _BUDGET:
+                    return True
+            if channel.expiring and not http.busy:
+                http.drain()
+            if http.closing:
+                self._stage = _Stage.CLOSING
+                self._close_until = now + self._services.limits.linger_timeout
+                return False
+            if not self._take_input(now):
+                return False
+
+    def _take_input(self, now: float) -> bool:
+        """Receive once and answer what became whole; False if nothing new came."""
+        http, channel = self._http, self._channel
+        requests = http.receive(b"") if http.head_begun else []
+        if not requests:
+            if not http.wants_input:
+                return False
+            try:
+                data = channel.try_receive()
+            except PeerTruncated:
+                if not http.busy:
+                    raise
+                data = b""  # a client may have closed its side only; if it is gone altogether, sending will tell
+            self._check_key_updates(now)
+            if data is None:
+                return False
+            if not data:
+                http.end_of_input()
+                return True
+            begun = http.head_begun
+            requests = http.receive(data)
+            if not begun and not requests:
+                self._set_deadline(now)
+        for request in requests:
+            self._answer(request, now)
+        return True
+
+    def _answer(self, request: Request | Refused, now: float) -> None:
+        self._pending[request.stream_id] = _Pending(request, time.time())
+        response = self._services.responder.respond(request)
+        self._services.metrics.count("requests")
+        self._http.respond(request.stream_id, response)
+        self._set_deadline(now)
+
+    def _set_deadline(self, now: float) -> None:
+        """Something was achieved. What comes next has its own time: progress of a response, the rest of a head, a request."""
+        limits = self._services.limits
+        if self._http.busy:
+            self.deadline = now + limits.progress_timeout
+        elif self._http.head_begun:
+            self.deadline = now + limits.header_timeout
+        else:
+            self.deadline = now + limits.idle_timeout
+
+    def _check_key_updates(self, now: float) -> None:
+        began, base = self._key_update_window
+        seen = self._channel.key_updates
+        if seen - base > _KEY_UPDATES_PER_SECOND and now - began < 1.0:
+            raise UnexpectedMessage(f"{seen - base} KeyUpdates within a second")
+        if now - began >= 1.0:
+            self._key_update_window = (now, seen)
+
+    # --- deadlines -------------------------------------------------------------------------------------------------
+
+    def _overdue(self, now: float) -> None:
+        """A deadline passed: answer 408 if a request was begun, else end the connection."""
+        if self._stage is _Stage.HANDSHAKE:
+            raise Overdue("no handshake in time")
+        if self._stage is _Stage.CLOSING:
+            return
+        if self._http.busy:
+            raise Overdue("the client takes no data")
+        if self._http.head_begun:
+            refused = self._http.give_up(RequestError(408, "The request did not arrive in time."))
+            self._answer(refused, now)
+        else:
+            self._http.end_of_input()
+            self._services.metrics.count("closed_idle")
+
+    def _pump_closing(self, now: float) -> None:
+        """Close without losing the tail: as long as the client's TCP makes progress it gets its time."""
+        if self._channel.try_close():
+            self._finish()
+            return
+        if now < self.deadline and self._close_tick > _CLOSE_TICK:
+            return
+        left = self._channel.unacknowledged()
+        if left != self._unacknowledged:
+            self._unacknowledged = left
+            limits = self._services.limits
+            self._close_until = now + (limits.progress_timeout if left else limits.linger_timeout)
+        if now >= self._close_until:
+            if left:
+                raise Overdue("the client did not take the end of what was sent")
+            self._finish()
+            return
+        self.deadline = min(now + self._close_tick, self._close_until)
+        self._close_tick = min(self._close_tick * 2, 1.0)
+
+    # --- ends ------------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take no new requests; end when what was asked is answered. Pump afterwards."""
+        self.draining = True
+        if self._stage is _Stage.HTTP:
+            self._http.drain()
+
+    def _finish(self) -> None:
+        self._channel.drop()
+        self._stage = _Stage.CLOSED
+        self.deadline = float("inf")
+
+    def _fail(self, error: PeerError | FileTruncated) -> str | None:
+        """End the connection because of `error`; return a line for the log, None if nothing was lost."""
+        if isinstance(error, PlainHttp):
+            self._channel.send_plain(_PLAIN_ANSWER)
+        metrics = self._services.metrics
+        metrics.count(f"ended:{type(error).__name__}")
+        left = self._http.abandon()
+        for stream_id, status, body_bytes in left:
+            self._log(stream_id, status, body_bytes, complete=False)
+        in_handshake = self._stage is _Stage.HANDSHAKE
+        if left or (isinstance(error, Overdue) and self._stage is _Stage.CLOSING):
+            self._channel.abort()
+        self._finish()
+        if not left and isinstance(error, PeerTruncated) and not in_handshake:
+            return None  # between requests many clients just leave
+        host, port = self._client
+        return f"{host} port {port}: {error}"
+
+    def shut(self) -> None:
+        """End at once, at the end of the drain time."""
+        self._fail(Overdue("the server stops"))
+
+    def _completed(self, completed: list[Completed]) -> None:
+        for done in completed:
+            self._log(done.stream_id, done.status, done.body_bytes, complete=True)
+
+    def _log(self, stream_id: int, status: int, body_bytes: int, *, complete: bool) -> None:
+        pending = self._pending.pop(stream_id, None)
+        services, channel = self._services, self._channel
+        services.metrics.count(f"body_bytes:{channel.mode.value}", body_bytes)
+        if pending is None or not services.access_log.enabled:
+            return
+        request, kernel = pending.request, channel.mode is Mode.KERNEL
+        why = None if kernel else channel.why_userspace or "no response of handover_bytes yet"
+        session = channel.session
+        tls = TlsFacts(session.version_name, session.cipher_name, session.resumed, channel.mode.value, why)
+        end = time.time()
+        common = {"status": status, "bytes": body_bytes, "complete": complete, "tls": tls, "client": self._client[0]}
+        timing = {"time": timestamp(end), "duration": round(max(end - pending.started, 0.0), 6)}
+        services.access_log.add(Entry(**_request_facts(request), **common, **timing))  # type: ignore[arg-type]
+
+
+def _request_facts(request: Request | Refused) -> dict[str, str | None]:
+    """What the log says of the request itself; latin-1 keeps every byte apart."""
+    facts: dict[str, str | None] = {"protocol": "", "host": "", "range": None, "referer": None, "user_agent": None}
+    if isinstance(request, Refused):
+        method, _, rest = request.request_line.decode("latin-1").partition(" ")
+        return facts | {"method": method, "target": rest.partition(" ")[0]}
+    for key, name in (("range", b"range"), ("referer", b"referer"), ("user_agent", b"user-agent")):
+        value = request.header(name)
+        facts[key] = value.decode("latin-1") if value is not None else None
+    target, host = request.target.decode("latin-1"), request.host.decode("latin-1")
+    return facts | {"method": request.method, "target": target, "protocol": request.version, "host": host}

@@ -1,0 +1,126 @@
+"""From Settings to a running worker: the steps in which anything can still be refused come first, the keys last."""
+
+import logging
+import os
+import resource
+import signal
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from ktlsd import __version__, devcert
+from ktlsd.errors import StartError
+from ktlsd.files.root import DocumentRoot
+from ktlsd.net import handover, listeners
+from ktlsd.net.channel import HandoverPolicy
+from ktlsd.net.kernel import Kernel, LinuxKernel
+from ktlsd.net.keylog_pipe import KeyLogPipe
+from ktlsd.net.listeners import Listener
+from ktlsd.server import process
+from ktlsd.server.accesslog import AccessLog
+from ktlsd.server.connection import Services
+from ktlsd.server.contexts import build_context
+from ktlsd.server.metrics import Metrics
+from ktlsd.server.responder import Responder
+from ktlsd.server.worker import Worker
+from ktlsd.settings import Settings
+
+_log = logging.getLogger("ktlsd")
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_SPARE_DESCRIPTORS: Final = 64
+
+
+def check(settings: Settings) -> None:
+    """Try everything that can be tried without listening. Raises SettingsError."""
+    DocumentRoot(settings.root).close()
+    if settings.tls.cert is not None:
+        build_context(settings.tls)
+
+
+def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Raises SettingsError, StartError before the first connection is accepted."""
+    trust = None
+    if settings.tls.cert is None:
+        made = devcert.ensure(devcert.default_directory())
+        trust = str(made.ca)
+        tls = msgspec.structs.replace(settings.tls, cert=str(made.cert), key=str(made.key))
+        settings = msgspec.structs.replace(settings, tls=tls)
+    process.forbid_core_dumps()
+    context = build_context(settings.tls)
+    root = DocumentRoot(settings.root)
+    access_log = AccessLog(settings.log.access, settings.log.format)
+    kernel = LinuxKernel()
+    policy, keylog = prepare_kernel(settings, kernel, context)
+    bound = [(host, [Listener(sock) for sock in listeners.bind(host, port)]) for host, port in settings.listen_addresses]
+    services = Services(Responder(root), access_log, Metrics(), settings.limits)
+    worker = Worker([listener for _, group in bound for listener in group], context, kernel, policy, services, keylog=keylog)
+    worker.waker.hook(_SIGNALS)
+    for line in (*_told(settings, bound, policy, trust), *_told_limits(settings)):
+        announce(line)
+    worker.run()
+    root.close()
+
+
+def prepare_kernel(settings: Settings, kernel: Kernel, context: ssl.SSLContext) -> tuple[HandoverPolicy, KeyLogPipe | None]:
+    """Find out what the kernel takes and catch the key log if it takes anything. Raises StartError for `require`."""
+    ktls = settings.ktls
+    if ktls.mode == "off":
+        return HandoverPolicy(off="switched off"), None
+    facts = handover.self_test(kernel, handover.probe(kernel))
+    reason = "" if facts.takes_any else next(iter(facts.refusals.values()))
+    if ktls.mode == "require" and not facts.takes_aes:
+        refused = next(reason for reason in facts.refusals.values() if reason)
+        raise StartError(f"--ktls require: the kernel doesn't encrypt ({refused}). {handover.remedy(refused)}")
+    if reason:
+        return HandoverPolicy(facts, off=reason), None
+    keylog = KeyLogPipe()
+    try:
+        keylog.attach(context)
+    except OSError as exc:
+        keylog.close()
+        if ktls.mode == "require":
+            raise StartError(f"--ktls require: no key log without /proc ({exc.strerror}): mount it") from exc
+        return HandoverPolicy(facts, off="no /proc for the key log"), None
+    return HandoverPolicy(facts, ktls.handover_bytes, ktls.rekey_bytes), keylog
+
+
+def _told(settings: Settings, bound: list[tuple[str, list[Listener]]], policy: HandoverPolicy, trust: str | None) -> list[str]:
+    """The start-up lines: what is served, where, how to trust it, who encrypts and why."""
+    urls = []
+    for host, group in bound:
+        name = host if host not in ("", "0.0.0.0", "::") else "localhost"  # noqa: S104  # shown, not bound
+        urls.append(f"https://{listeners.address_text(name, group[0].address[1])}/")
+    lines = [f"ktlsd {__version__} serves {os.path.realpath(settings.root)}"]
+    lines += [f"  at           {url}" for url in urls]
+    if trust:
+        lines += [f"  certificate  for development only; to trust it: curl --cacert {trust} {urls[0]}"]
+    else:
+        lines += [f"  certificate  {settings.tls.cert}"]
+    return lines + _told_encryption(policy)
+
+
+def _told_encryption(policy: HandoverPolicy) -> list[str]:
+    if policy.off:
+        remedy = handover.remedy(policy.off)
+        return [f"  encryption   in userspace: {policy.off}", *([f"               {remedy}"] if remedy else [])]
+    when = f"for responses of {policy.handover_bytes:,} bytes and more" if policy.handover_bytes else "from the handshake on"
+    taken = [handover.combination_name(c) for c, reason in policy.facts.refusals.items() if not reason]
+    refused = [f"{handover.combination_name(c)} ({r})" for c, r in policy.facts.refusals.items() if r]
+    lines = [f"  encryption   in the kernel {when}: {', '.join(taken)}"]
+    if refused:
+        lines.append(f"               in userspace: {', '.join(refused)}")
+    if not policy.facts.rekey:
+        lines.append("               no rekey before kernel 6.14: a client's KeyUpdate ends its connection after the response")
+    return lines
+
+
+def _told_limits(settings: Settings) -> list[str]:
+    """Raise the limit of descriptors; say so if it stays below what the settings may need (a socket and a file each)."""
+    wanted = 2 * settings.limits.connections + _SPARE_DESCRIPTORS
+    have = process.raise_descriptor_limit(wanted)
+    if have == resource.RLIM_INFINITY or have >= wanted:
+        return []
+    enough = (have - _SPARE_DESCRIPTORS) // 2
+    return [f"  limits       {have} descriptors are enough for about {enough} downloads at a time (ulimit -n, LimitNOFILE)"]

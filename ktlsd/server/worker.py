@@ -1,0 +1,225 @@
+"""One process, one epoll: accept, pump, drain. Shares nothing but Settings and inherited sockets."""
+
+import logging
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from ktlsd.net.channel import Channel, HandoverPolicy, Scratch
+from ktlsd.net.kernel import Kernel
+from ktlsd.net.keylog_pipe import KeyLogPipe
+from ktlsd.net.listeners import Listener
+from ktlsd.net.poller import Event, Poller
+from ktlsd.server.connection import Connection, Services, Turn
+from ktlsd.tls.session import Session
+
+_log = logging.getLogger("ktlsd")
+_ACCEPT_BURST: Final = 64  # connections taken before the others have their turn
+_ACCEPT_PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
+_NEVER: Final = float("inf")
+
+
+class Waker:
+    """A source for what comes from outside the sockets: signals, written into a socket pair by the interpreter, and a timer."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self.deadline = _NEVER
+
+    def hook(self, signals: Sequence[signal.Signals]) -> None:
+        """Catch these signals from now on; in the main thread only."""
+        for number in signals:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+
+    def unhook(self, signals: Sequence[signal.Signals]) -> None:
+        """Give them back to the system."""
+        signal.set_wakeup_fd(-1)
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+    def fileno(self) -> int:
+        """The end the interpreter does not write to."""
+        return self._read.fileno()
+
+    def write(self, number: signal.Signals) -> None:
+        """As if a signal had come; from any thread."""
+        self._write.send(bytes([number]))
+
+    def drain(self) -> bytes:
+        """Return the numbers of the signals that came, b"" if none did."""
+        try:
+            return self._read.recv(4096)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._read.close()
+        self._write.close()
+
+
+class Worker:
+    """Accepts on `listeners` and serves until told to stop; `run` returns when the last connection has ended."""
+
+    def __init__(
+        self,
+        listeners: Sequence[Listener],
+        context: ssl.SSLContext,
+        kernel: Kernel,
+        policy: HandoverPolicy,
+        services: Services,
+        *,
+        keylog: KeyLogPipe | None,
+    ) -> None:
+        self._listeners = list(listeners)
+        self._context = context
+        self._kernel = kernel
+        self._policy = policy
+        self._services = services
+        self._keylog = keylog
+        self._scratch = Scratch()
+        self._poller = Poller()
+        self._connections: dict[int, Connection] = {}
+        self._accepting = False
+        self._draining = False
+        self.waker = Waker()
+
+    def run(self) -> None:
+        """Serve until the waker brings SIGTERM or SIGINT, then drain."""
+        self._poller.add(self.waker, level_triggered=True)
+        self._start_accepting()
+        now = time.monotonic()
+        while self._listeners or self._connections:
+            ready = self._poller.wait(now)
+            now = time.monotonic()
+            for event in self._poller.events(ready, now):
+                if isinstance(event.source, Connection):
+                    self._pump(event.source, now, readable=event.readable, overdue=event.overdue)
+                elif isinstance(event.source, Listener):
+                    self._accept(event.source, now)
+                else:
+                    self._woken(event, now)
+            self._services.access_log.flush()
+        self._close()
+
+    # --- accepting -------------------------------------------------------------------------------------------------
+
+    def _start_accepting(self) -> None:
+        if not self._accepting and not self._draining:
+            self._accepting = True
+            for listener in self._listeners:
+                self._poller.add(listener, level_triggered=True)
+
+    def _stop_accepting(self) -> None:
+        if self._accepting:
+            self._accepting = False
+            for listener in self._listeners:
+                self._poller.remove(listener)
+
+    def _accept(self, listener: Listener, now: float) -> None:
+        for _ in range(_ACCEPT_BURST):
+            if len(self._connections) >= self._services.limits.connections:
+                self._services.metrics.count("accept_paused:connections")
+                self._stop_accepting()  # until one of them ends
+                return
+            try:
+                accepted = listener.try_accept()
+            except OSError as exc:
+                self._pause_accepting(now, os.strerror(exc.errno or 0))
+                return
+            if accepted is None:
+                return
+            self._welcome(*accepted, now)
+
+    def _pause_accepting(self, now: float, why: str) -> None:
+        """Descriptors or memory ran out: new clients wait in the backlog; asking on would only spin."""
+        self._services.metrics.count("accept_paused:descriptors")
+        if self._services.metrics.counters["accept_paused:descriptors"] == 1:
+            _log.warning("cannot accept: %s; new clients wait. Raise LimitNOFILE or lower limits.connections", why)
+        self._stop_accepting()
+        self.waker.deadline = min(self.waker.deadline, now + _ACCEPT_PAUSE)
+        self._poller.reschedule(self.waker, self.waker.fileno())
+
+    def _welcome(self, sock: socket.socket, client: tuple[str, int], now: float) -> None:
+        channel = Channel(sock, Session(self._context), self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
+        connection = Connection(channel, client, self._services, now)
+        self._connections[connection.fileno()] = connection
+        self._services.metrics.count("connections")
+        self._poller.add(connection)
+        self._pump(connection, now, readable=True, overdue=False)
+
+    # --- serving ---------------------------------------------------------------------------------------------------
+
+    def _pump(self, connection: Connection, now: float, *, readable: bool, overdue: bool) -> None:
+        fd = connection.fileno()
+        try:
+            turn, complaint = connection.pump(now, readable=readable, overdue=overdue)
+        except Exception:  # our bug: this connection ends, the worker lives
+            _log.exception("bug: connection dropped")
+            self._services.metrics.count("ended:bug")
+            connection.shut()
+            turn, complaint = Turn.CLOSED, None
+        if complaint:
+            _log.info("%s", complaint)
+        if turn is Turn.CLOSED:
+            self._poller.forget(fd)
+            self._connections.pop(fd, None)
+            if len(self._connections) < self._services.limits.connections and self.waker.deadline == _NEVER:
+                self._start_accepting()
+            return
+        if turn is Turn.AGAIN:
+            self._poller.again(connection)
+        self._poller.reschedule(connection, fd)
+
+    # --- stopping --------------------------------------------------------------------------------------------------
+
+    def _woken(self, event: Event, now: float) -> None:
+        stops = sum(number in (signal.SIGTERM, signal.SIGINT) for number in self.waker.drain())
+        for _ in range(stops):
+            if self._draining:
+                self._end_all("told twice to stop")
+            else:
+                self._drain(now)
+        if event.overdue:
+            self.waker.deadline = _NEVER
+            if self._draining:
+                self._end_all("drain_timeout is over")
+            else:
+                self._start_accepting()
+
+    def _drain(self, now: float) -> None:
+        """Take what waits in the backlog, then no more; answer what has been asked, then end."""
+        for listener in self._listeners:
+            self._accept(listener, now)
+        self._stop_accepting()
+        self._draining = True
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        _log.info("stopping: %d connections left", len(self._connections))
+        self.waker.deadline = now + self._services.limits.drain_timeout
+        self._poller.reschedule(self.waker, self.waker.fileno())
+        for connection in list(self._connections.values()):
+            connection.drain()
+            self._pump(connection, now, readable=False, overdue=False)
+
+    def _end_all(self, why: str) -> None:
+        if self._connections:
+            _log.warning("%s: %d connections are cut", why, len(self._connections))
+        for fd, connection in list(self._connections.items()):
+            connection.shut()
+            self._poller.forget(fd)
+        self._connections.clear()
+
+    def _close(self) -> None:
+        self._services.access_log.close()
+        self._poller.close()
+        self.waker.close()
+        _log.info("served: %s", self._services.metrics.summary())

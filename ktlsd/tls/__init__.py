@@ -1,0 +1,1 @@
+"""Sans-IO TLS: bytes in, bytes out; no socket, no file, no clock."""

@@ -1,0 +1,261 @@
+"""One TLS session of a server, sans-IO: ciphertext in, plaintext out, and back; and its keys, ready for the kernel.
+
+Every byte that leaves passes `OutgoingRecords`, so the session alone knows the number of the next record (design law:
+count, never assume). Once its keys are in the kernel nothing that OpenSSL still writes may be sent: its numbers are stale.
+"""
+
+import ssl
+from typing import Final
+
+from ktlsd import uapi
+from ktlsd.errors import HandshakeFailed, PeerAlert, PeerError, PlainHttp, RecordError, UnexpectedMessage
+from ktlsd.tls import keylog, schedule
+from ktlsd.tls.hello import CLIENT_HELLO, MAX_FRAGMENT_LENGTH, SERVER_HELLO, Hello
+from ktlsd.tls.records import HEADER_LENGTH, MAX_PLAINTEXT, OutgoingRecords, rec_seq
+from ktlsd.tls.suites import Suite, suite_by_name
+
+# A TLS 1.3 record without padding: header, content type, tag. See `Session.eventless`.
+_OVERHEAD_13: Final = HEADER_LENGTH + 1 + 16
+_VERSIONS: Final = {"TLSv1.2": uapi.TLS_1_2_VERSION, "TLSv1.3": uapi.TLS_1_3_VERSION}
+
+
+class Session:
+    """A server's end of one TLS connection over two memory BIOs.
+
+    Handshake: `handshake` until `established`. Then `decrypt` and `encrypt`. `learn` takes what the key log said while
+    this session worked; without it everything works but `export_tx`.
+    """
+
+    __slots__ = (
+        "_client_hello",
+        "_incoming",
+        "_outgoing",
+        "_records",
+        "_secret",
+        "_server_hello",
+        "_ssl",
+        "established",
+        "eventless",
+        "key_updates",
+        "peer_closed",
+        "suite",
+        "version",
+    )
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._ssl = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._client_hello = Hello(CLIENT_HELLO)
+        self._server_hello = Hello(SERVER_HELLO)
+        self._records = OutgoingRecords()
+        self._secret: bytes | None = None  # TLS 1.3: the server's traffic secret; TLS 1.2: the master secret
+        self.established = False
+        self.peer_closed = False
+        self.eventless = False
+        self.key_updates = 0  # how many the peer has sent
+        self.version = 0  # uapi's number once established, 0 for one the kernel doesn't know
+        self.suite: Suite | None = None
+
+    # --- what was agreed -------------------------------------------------------------------------------------------
+
+    @property
+    def version_name(self) -> str:
+        """The version's name as OpenSSL writes it, "TLSv1.3", and "" before the handshake."""
+        return self._ssl.version() or "" if self.established else ""
+
+    @property
+    def cipher_name(self) -> str:
+        """OpenSSL's name of the suite, "" before the handshake."""
+        cipher = self._ssl.cipher() if self.established else None
+        return cipher[0] if cipher else ""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the handshake was an abbreviated one."""
+        return bool(self._ssl.session_reused)
+
+    @property
+    def alpn(self) -> str | None:
+        """The protocol both agreed on, None if the client didn't ask or had nothing in common."""
+        return self._ssl.selected_alpn_protocol()
+
+    @property
+    def server_name(self) -> str | None:
+        """The name the client asked for (SNI); None if it asked for none."""
+        return self._ssl.server_hostname
+
+    @property
+    def limits_fragments(self) -> bool:
+        """Whether the client sent max_fragment_length: the kernel fills records to 16,384 bytes and can't honour it."""
+        return MAX_FRAGMENT_LENGTH in self._client_hello.extensions
+
+    # --- handshake -------------------------------------------------------------------------------------------------
+
+    def handshake(self, ciphertext: bytes) -> bytes:
+        """Feed what came, return what must go out (b"" if nothing); `established` tells when it is done.
+
+        Bytes behind the client's Finished stay inside and come out of `decrypt(b"")`. Raises HandshakeFailed with
+        OpenSSL's alert as `farewell`, PeerAlert if the peer gave up, PlainHttp if this is no TLS at all.
+        """
+        self._client_hello.feed(ciphertext)
+        self._incoming.write(ciphertext)
+        try:
+            self._ssl.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as exc:
+            raise _handshake_error(exc, self._outgoing.read()) from exc
+        else:
+            self._finish_handshake()
+        out = self._outgoing.read()
+        self._server_hello.feed(out)
+        self._records.feed(out)
+        return out
+
+    def _finish_handshake(self) -> None:
+        self.established = True
+        self.version = _VERSIONS.get(self._ssl.version() or "", 0)
+        self.suite = suite_by_name(self.cipher_name)
+        if self.version == uapi.TLS_1_3_VERSION:
+            # What leaves in the step that took the client's Finished (tickets) is under the application key already.
+            self._records.start()
+
+    def learn(self, lines: bytes) -> None:
+        """Take the lines that the key log wrote while this session worked; other sessions' lines are passed over."""
+        for label, client_random, secret in keylog.parse(lines):
+            if self._client_hello.random is not None and client_random != self._client_hello.random:
+                continue
+            if label in (keylog.MASTER, keylog.SERVER_TRAFFIC):
+                self._secret = secret
+            elif label == keylog.CLIENT_UPDATED:
+                self.key_updates += 1
+
+    # --- application data ------------------------------------------------------------------------------------------
+
+    def decrypt(self, ciphertext: bytes) -> bytes:
+        """Feed what came, return the plaintext of all whole records so far; sets `peer_closed` at close_notify.
+
+        Sets `eventless` if the bytes were just one record of application data: then the key log has nothing new.
+        Raises RecordError, UnexpectedMessage or PeerAlert; OpenSSL's own alert is in `farewell` and only of use in
+        userspace mode.
+        """
+        incoming = self._incoming
+        if ciphertext:
+            incoming.write(ciphertext)
+        plain = b""
+        try:
+            while incoming.pending and not self.peer_closed:
+                piece = self._ssl.read(MAX_PLAINTEXT)
+                if piece:
+                    plain = plain + piece if plain else piece
+                else:
+                    self.peer_closed = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.peer_closed = True
+        except ssl.SSLError as exc:
+            raise _record_error(exc, self._outgoing.read()) from exc
+        self.eventless = self.version == uapi.TLS_1_2_VERSION or len(plain) + _OVERHEAD_13 == len(ciphertext)
+        return plain
+
+    def encrypt(self, plaintext: bytes | memoryview) -> list[bytes]:
+        """Return the records for `plaintext`, one buffer per 16,384 bytes.
+
+        A buffer per record and not one for all: OpenSSL's memory BIO keeps the largest size it ever had, and ten
+        thousand idle connections would each keep it too.
+        """
+        out = []
+        try:
+            for at in range(0, len(plaintext), MAX_PLAINTEXT):
+                self._ssl.write(plaintext[at : at + MAX_PLAINTEXT])
+                out.append(self._outgoing.read())
+        except ssl.SSLError as exc:
+            raise RecordError(f"OpenSSL can't encrypt any more: {exc.reason}") from exc
+        feed = self._records.feed
+        for piece in out:
+            feed(piece)
+        return out
+
+    def close_notify(self) -> bytes:
+        """Return the record that ends our direction, b"" if the session is beyond that."""
+        try:
+            self._ssl.unwrap()
+        except ssl.SSLError:
+            pass  # WantRead: the peer's own close_notify is not here yet; anything else: the session is dead
+        out = self._outgoing.read()
+        self._records.feed(out)
+        return out
+
+    # --- keys ------------------------------------------------------------------------------------------------------
+
+    @property
+    def exportable(self) -> bool:
+        """Whether `export_tx` can work: established, a suite the kernel's headers know, and the secret was learnt."""
+        return self.established and bool(self.version) and self.suite is not None and self._secret is not None
+
+    def export_tx(self) -> uapi.CryptoInfo:
+        """Return the keys of our direction with the number of the next record.
+
+        Everything this session has put out must be in TCP before the kernel gets them: later bytes would be encrypted twice.
+        """
+        assert self.suite is not None, "ask exportable first"
+        assert self._secret is not None
+        suite, number = self.suite, rec_seq(self._records.count)
+        if self.version == uapi.TLS_1_3_VERSION:
+            key, iv = schedule.tls13_keys(self._secret, suite)
+        else:
+            ours, theirs = self._server_hello.random, self._client_hello.random
+            assert ours is not None, "an established session has seen both hellos"
+            assert theirs is not None
+            _, (key, iv) = schedule.tls12_keys(self._secret, theirs, ours, suite)
+        if suite.cipher_type == uapi.TLS_CIPHER_CHACHA20_POLY1305:
+            return uapi.CryptoInfo(self.version, suite.cipher_type, iv=iv, key=key, salt=b"", rec_seq=number)
+        if self.version == uapi.TLS_1_2_VERSION:
+            # OpenSSL starts the explicit nonce at random and adds one per record; the kernel goes on adding one.
+            iv += ((int.from_bytes(self._records.explicit_nonce, "big") + 1) % (1 << 64)).to_bytes(8, "big")
+        return uapi.CryptoInfo(self.version, suite.cipher_type, iv=iv[4:], key=key, salt=iv[:4], rec_seq=number)
+
+    def answer_key_update(self) -> bytes:
+        """Return our KeyUpdate if the peer's asked for one, else b"" (RFC 8446 §4.6.3); call it when `key_updates` rose.
+
+        In userspace mode send it and `advance_tx`. In kernel mode throw it away, its number is stale: the kernel sends one.
+        """
+        try:
+            self._ssl.write(b"")  # OpenSSL writes the KeyUpdate it owes, and nothing else
+        except ssl.SSLError as exc:
+            raise RecordError(f"OpenSSL can't answer a KeyUpdate: {exc.reason}") from exc
+        return self._outgoing.read()
+
+    def advance_tx(self) -> None:
+        """Go to the next generation of our direction's secret, record number 0 (RFC 8446 §7.2)."""
+        assert self.suite is not None
+        assert self._secret is not None
+        self._secret = schedule.next_generation(self._secret, self.suite)
+        self._records.start()
+
+
+def _handshake_error(exc: ssl.SSLError, farewell: bytes) -> PeerError:
+    reason = exc.reason or type(exc).__name__
+    if reason in ("HTTP_REQUEST", "HTTPS_PROXY_REQUEST"):
+        return PlainHttp("plain HTTP on the TLS port")
+    if "_ALERT_" in reason:
+        return PeerAlert(f"the client ended the handshake: {_alert_name(reason)}")
+    return HandshakeFailed(f"handshake failed: {_words(reason)}", farewell=farewell)
+
+
+def _record_error(exc: ssl.SSLError, farewell: bytes) -> PeerError:
+    reason = exc.reason or type(exc).__name__
+    if "_ALERT_" in reason:
+        return PeerAlert(f"the client sent an alert: {_alert_name(reason)}")
+    kind = RecordError if "MAC" in reason or "RECORD" in reason or "LENGTH" in reason else UnexpectedMessage
+    return kind(f"bad record: {_words(reason)}", farewell=farewell)
+
+
+def _alert_name(reason: str) -> str:
+    return _words(reason.partition("_ALERT_")[2])
+
+
+def _words(reason: str) -> str:
+    return reason.lower().replace("_", " ")
