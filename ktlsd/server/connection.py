@@ -195,9 +195,11 @@ class Connection:
 
     def _check_key_updates(self, now: float) -> None:
         began, base = self._key_update_window
-        seen = self._channel.key_updates
+        seen = self._channel.session.key_updates
         if seen - base > _KEY_UPDATES_PER_SECOND and now - began < 1.0:
-            raise UnexpectedMessage(f"{seen - base} KeyUpdates within a second")
+            error = UnexpectedMessage(f"{seen - base} KeyUpdates within a second")
+            self._channel.say_goodbye(error)
+            raise error
         if now - began >= 1.0:
             self._key_update_window = (now, seen)
 

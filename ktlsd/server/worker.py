@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from ktlsd.net.channel import Channel, HandoverPolicy, Scratch
+from ktlsd.net.channel import Channel, HandoverPolicy
 from ktlsd.net.kernel import Kernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.net.listeners import Listener
 from ktlsd.net.poller import Event, Poller
+from ktlsd.net.tx_userspace import Scratch
 from ktlsd.server.connection import Connection, Services, Turn
 from ktlsd.tls.session import Session
 

@@ -1,0 +1,158 @@
+"""Sending in kernel mode: segments straight into a socket whose keys the kernel has.
+
+The traps (ktls.md §3): what a call accepted is the kernel's, even if TCP has not taken it; a record may stay open in the
+kernel, and no control record may go out behind an open one; shutdown loses what TCP has not taken.
+"""
+
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from ktlsd import uapi
+from ktlsd.errors import FileTruncated, HandoverError, PeerError, PeerTruncated
+from ktlsd.net.kernel import Buffer, Kernel
+from ktlsd.slices import FileSlice, Segment
+from ktlsd.tls import records
+from ktlsd.tls.session import Session
+
+# One sendfile call. Longer ones save little and keep the other connections waiting.
+_SENDFILE_MAX: Final = 128 * records.MAX_PLAINTEXT
+# Rekey in the middle of a body: a short sendfile that is taken whole closes the record, so that a KeyUpdate may follow.
+_CLOSING_PIECE: Final = 4_096
+
+
+class KernelTx:
+    """The sending half of a channel once TLS_TX has succeeded; there is no way back."""
+
+    __slots__ = (
+        "_cipher_type",
+        "_kernel",
+        "_notified",
+        "_overhead",
+        "_owes_key_update",
+        "_payload",
+        "_record_open",
+        "_records_before",
+        "_session",
+        "_sock",
+        "_taken_before",
+    )
+
+    def __init__(
+        self, sock: socket.socket, session: Session, kernel: Kernel, *, info: uapi.CryptoInfo, taken_before: int
+    ) -> None:
+        """`info` is what was installed, `taken_before` what TCP had taken by then (bytes of the wire)."""
+        self._sock = sock
+        self._session = session
+        self._kernel = kernel
+        self._cipher_type = info.cipher_type
+        self._overhead = records.overhead(info.version, info.cipher_type)
+        self._record_open = False  # the last call may have left a record unfinished in the kernel
+        self._owes_key_update = False  # our next record must be a KeyUpdate
+        self._notified = False
+        self._taken_before = taken_before
+        self._payload = 0  # bytes given to the kernel, control records included
+        self._records_before = -int.from_bytes(info.rec_seq, "big")  # records under earlier keys, less the first's number
+
+    def send(self, segments: Sequence[Segment]) -> int | None:
+        """Send from the front of `segments`; return how many bytes were accepted, None if none. Raises FileTruncated."""
+        if self._owes_key_update and not self._record_open and not self._send_key_update():
+            return None
+        accepted, at = 0, 0
+        while at < len(segments):
+            segment = segments[at]
+            if isinstance(segment, FileSlice):
+                at += 1
+                offered = segment.length
+                sent = self._send_slice(segment, accepted) if offered else 0
+            else:
+                run = _bytes_run(segments, at)
+                at += len(run)
+                offered = sum(map(len, run))
+                sent = self._send_bytes(run, offered, more=at < len(segments)) if offered else 0
+            if sent is not None:
+                accepted += sent
+            if sent is None or sent < offered:
+                break
+        self._payload += accepted
+        return accepted or None
+
+    def _send_bytes(self, run: list[Buffer], offered: int, *, more: bool) -> int | None:
+        """Headers in front of a body (`more`) stay in an open record that the body's first bytes join: one record, not two."""
+        more = more and not self._owes_key_update
+        sent = self._kernel.send(self._sock, run, more=more)
+        if sent:
+            self._record_open = more or sent < offered
+        return sent
+
+    def _send_slice(self, segment: FileSlice, before: int) -> int | None:
+        """One sendfile call; `before` is how many bytes of this record are in the kernel already."""
+        # A multiple of 16,384 with the headers before it: every record but the last is full (RFC 8446 §5.1).
+        count = min(segment.length, _SENDFILE_MAX - before % records.MAX_PLAINTEXT)
+        if self._owes_key_update:
+            count = min(segment.length, _CLOSING_PIECE)
+        sent = self._kernel.sendfile(self._sock, segment.file.fd, segment.offset, count)
+        if sent == 0:
+            raise FileTruncated(f"the file ends at {segment.offset}, {segment.length} bytes short")
+        if sent is not None:
+            self._record_open = sent < count  # a sendfile taken whole has closed its record
+        return sent
+
+    def renew_keys(self) -> None:
+        """Go to the next generation of keys before the next application data.
+
+        One KeyUpdate answers any number of the peer's that came since our last record (RFC 8446 §4.6.3).
+        """
+        self._owes_key_update = True
+
+    def _send_key_update(self) -> bool:
+        """Send KeyUpdate under the old key and give the kernel the new one; False if the first would block."""
+        number = self._kernel.next_tx_record(self._sock, self._cipher_type)
+        if not self._kernel.send_control(self._sock, records.HANDSHAKE, records.KEY_UPDATE_NOT_REQUESTED):
+            return False
+        self._records_before += (number or 0) + 1
+        self._payload += len(records.KEY_UPDATE_NOT_REQUESTED)
+        self._owes_key_update = False
+        self._session.advance_tx()
+        try:
+            self._kernel.set_tx(self._sock, self._session.export_tx())
+        except HandoverError as exc:
+            # The peer expects the new key from here on and the kernel has the old one: nothing right can be sent any more.
+            raise PeerTruncated(f"rekey failed: {exc.reason}") from exc
+        return True
+
+    def notify_close(self) -> bool:
+        """Send close_notify; True once the kernel has it."""
+        assert not self._record_open, "a response must be complete, or the connection aborted"
+        if not self._notified:
+            if not self._kernel.send_control(self._sock, records.ALERT, records.CLOSE_NOTIFY_ALERT):
+                return False
+            self._payload += len(records.CLOSE_NOTIFY_ALERT)
+            self._notified = True
+        return True
+
+    def all_taken(self) -> bool:
+        """Whether TCP has every record: the kernel's TLS keeps those it could not push, and a FIN would lose them.
+
+        Bytes of the wire = payload + records * overhead, and TCP tells how many it has taken.
+        """
+        number = self._kernel.next_tx_record(self._sock, self._cipher_type)
+        if number is None:
+            return self._kernel.unacknowledged(self._sock) == 0
+        wire = self._payload + (self._records_before + number) * self._overhead
+        return self._kernel.taken_by_tcp(self._sock) - self._taken_before >= wire
+
+    def say_goodbye(self, error: PeerError) -> None:
+        """Send a fatal alert about `error`, if no record is open and it goes at once; OpenSSL's own has a stale number."""
+        if error.alert is not None and not self._record_open:
+            self._kernel.send_control(self._sock, records.ALERT, records.fatal_alert(error.alert))
+
+
+def _bytes_run(segments: Sequence[Segment], at: int) -> list[Buffer]:
+    """Return the buffers from `at` up to the next file slice."""
+    run: list[Buffer] = []
+    for segment in segments[at:]:
+        if isinstance(segment, FileSlice):
+            break
+        run.append(segment)
+    return run

@@ -1,0 +1,123 @@
+"""Sending in userspace mode: segments through OpenSSL into the socket, in large steps.
+
+One step gathers up to 256 KiB of plaintext, encrypts it record by record and gives all records to one sendmsg. Measured
+(docs/performance.md): as fast as SSLSocket.sendall over a mapping, and an idle connection keeps nothing of it.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from ktlsd.errors import FileTruncated, PeerError
+from ktlsd.net.kernel import Buffer, Kernel
+from ktlsd.slices import FileSlice, Segment
+from ktlsd.tls import records
+from ktlsd.tls.session import Session
+
+# Plaintext encrypted ahead of the socket: much for the calls it saves, little for a peer that reads slowly.
+_BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
+_BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
+
+
+class Scratch:
+    """A buffer for plaintext on its way into OpenSSL; one per worker, empty between calls."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_BURST_MAX))
+
+
+class UserspaceTx:
+    """The sending half of a channel until the kernel takes over. Holds at most one step's ciphertext."""
+
+    __slots__ = ("_burst", "_kernel", "_notified", "_scratch", "_session", "_sock", "_unsent")
+
+    def __init__(self, sock: socket.socket, session: Session, kernel: Kernel, scratch: Scratch) -> None:
+        self._sock = sock
+        self._session = session
+        self._kernel = kernel
+        self._scratch = scratch
+        self._unsent: list[Buffer] = []  # ciphertext that OpenSSL has written and TCP has not taken
+        self._burst = _BURST_MIN
+        self._notified = False
+
+    def send(self, segments: Sequence[Segment]) -> int | None:
+        """Encrypt and send from the front of `segments`; None if older ciphertext still waits. Raises FileTruncated."""
+        if not self.flush():
+            return None
+        plain = _gather(segments, self._scratch.view[: self._burst])
+        if not plain:
+            return 0
+        self._unsent = list(self._session.encrypt(plain))
+        self._burst = min(self._burst * 2, _BURST_MAX) if self.flush() else _BURST_MIN
+        return len(plain)
+
+    def queue(self, ciphertext: bytes) -> None:
+        """Put a record that the session wrote by itself behind all others."""
+        if ciphertext:
+            self._unsent.append(ciphertext)
+
+    def flush(self) -> bool:
+        """Send ciphertext that is left over; whether none is."""
+        unsent = self._unsent
+        while unsent:
+            sent = self._kernel.send(self._sock, unsent, more=False)
+            if sent is None:
+                return False
+            done = 0
+            while done < len(unsent) and sent >= len(unsent[done]):
+                sent -= len(unsent[done])
+                done += 1
+            del unsent[:done]
+            if sent:
+                unsent[0] = memoryview(unsent[0])[sent:]
+        return True
+
+    def notify_close(self) -> bool:
+        """Send close_notify behind everything else; True once TCP has it."""
+        if not self._notified:
+            self._notified = True
+            self.queue(self._session.close_notify())
+        return self.flush()
+
+    def all_taken(self) -> bool:
+        """Whether TCP has everything: here nothing is held back but what `flush` sends."""
+        return not self._unsent
+
+    def say_goodbye(self, error: PeerError) -> None:
+        """Send the alert OpenSSL wrote about `error`, if it goes at once."""
+        self.queue(error.farewell)
+        self.flush()
+
+
+def _gather(segments: Sequence[Segment], view: memoryview) -> bytes | memoryview:
+    """Return the front of `segments` as one buffer, at most as long as `view`, which it may fill.
+
+    Files are read with pread and not mapped: a mapping that is truncated under us is SIGBUS, and was no faster.
+    """
+    if len(segments) == 1 and isinstance(segments[0], bytes | memoryview):
+        return segments[0][: len(view)]
+    filled = 0
+    for segment in segments:
+        room = view[filled : filled + len(segment)]
+        if not room:
+            continue
+        if isinstance(segment, FileSlice):
+            got = _read(segment, room)
+            filled += got
+            if got < len(room):
+                break
+        else:
+            room[:] = segment[: len(room)]
+            filled += len(room)
+    return view[:filled]
+
+
+def _read(segment: FileSlice, room: memoryview) -> int:
+    try:
+        got = os.preadv(segment.file.fd, [room], segment.offset)
+    except OSError as exc:
+        raise FileTruncated(f"read at {segment.offset}: {exc.strerror}") from exc
+    if not got:
+        raise FileTruncated(f"the file ends at {segment.offset}, {segment.length} bytes short")
+    return got
