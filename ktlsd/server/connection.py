@@ -258,7 +258,6 @@ class Connection:
         if isinstance(error, PlainHttp):
             self._channel.send_plain(_PLAIN_ANSWER)
         metrics = self._services.metrics
-        metrics.count(f"ended:{type(error).__name__}")
         left = self._http.abandon()
         for stream_id, status, body_bytes in left:
             self._log(stream_id, status, body_bytes, complete=False)
@@ -267,7 +266,9 @@ class Connection:
             self._channel.abort()
         self._finish()
         if not left and isinstance(error, PeerTruncated) and not in_handshake:
+            metrics.count("closed_by_client")
             return None  # between requests many clients just leave
+        metrics.count(f"ended:{type(error).__name__}")
         host, port = self._client
         return f"{host} port {port}: {error}"
 

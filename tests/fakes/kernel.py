@@ -1,0 +1,163 @@
+"""A kernel with TLS, in Python: encrypts for real over real TCP sockets, refuses what a kernel refuses.
+
+It keeps open records, holds back what TCP would not take, and fails the test when a control record is sent behind an open
+one. `faults` maps a step ("TCP_ULP", "TLS_TX") to the errno it shall fail with; `rekey` is whether a second key is taken;
+`appetite` returns how many of n offered bytes are accepted (0: would block).
+"""
+
+import errno
+import os
+import random
+import socket
+from collections.abc import Callable, Sequence
+
+from ktlsd import uapi
+from ktlsd.errors import FileTruncated, HandoverError
+from ktlsd.net.kernel import Buffer, LinuxKernel
+from ktlsd.tls import records
+from ktlsd.tls.protection import Protection
+
+
+class _Socket:
+    def __init__(self) -> None:
+        self.ulp = False
+        self.protection: Protection | None = None
+        self.first_number = 0
+        self.open_record = bytearray()
+        self.pending = bytearray()  # sealed, not taken by TCP
+
+
+class FakeKernel(LinuxKernel):
+    def __init__(
+        self,
+        *,
+        faults: dict[str, int] | None = None,
+        rekey: bool = True,
+        appetite: Callable[[int], int] | None = None,
+    ) -> None:
+        self.faults = dict(faults or {})
+        self.rekey = rekey
+        self.appetite = appetite or (lambda n: n)
+        self.installed = 0
+        self.rekeyed = 0
+        self.control_records: list[tuple[int, bytes]] = []
+        self._sockets: dict[socket.socket, _Socket] = {}
+
+    def _state(self, sock: socket.socket) -> _Socket:
+        return self._sockets.setdefault(sock, _Socket())
+
+    # --- setsockopt ---
+
+    def attach_ulp(self, sock: socket.socket) -> None:
+        if "TCP_ULP" in self.faults:
+            raise HandoverError("TCP_ULP", self.faults["TCP_ULP"])
+        self._state(sock).ulp = True
+
+    def set_tx(self, sock: socket.socket, info: uapi.CryptoInfo) -> None:
+        state = self._state(sock)
+        if "TLS_TX" in self.faults:
+            raise HandoverError("TLS_TX", self.faults["TLS_TX"])
+        if not state.ulp:
+            raise HandoverError("TLS_TX", errno.ENOPROTOOPT)
+        uapi.CryptoInfo.unpack(info.pack())
+        if state.protection is not None:
+            if not self.rekey or info.version != uapi.TLS_1_3_VERSION:
+                raise HandoverError("TLS_TX", errno.EBUSY)
+            assert not state.open_record, "a new key while a record is open"
+            self.rekeyed += 1
+        else:
+            self.installed += 1
+        state.protection = Protection(info)
+
+    def next_tx_record(self, sock: socket.socket, cipher_type: int) -> int | None:
+        protection = self._state(sock).protection
+        assert protection is not None
+        return protection.number
+
+    # --- sending ---
+
+    def send(self, sock: socket.socket, buffers: Sequence[Buffer], *, more: bool) -> int | None:
+        state = self._state(sock)
+        if state.protection is None:
+            return super().send(sock, buffers, more=more)
+        if not self._push(sock):
+            return None
+        data = b"".join(buffers)
+        accepted = self.appetite(len(data))
+        if accepted == 0:
+            return None
+        self._take(state, data[:accepted], end=not more and accepted == len(data))
+        self._push(sock)
+        return accepted
+
+    def sendfile(self, sock: socket.socket, fd: int, offset: int, count: int) -> int | None:
+        state = self._state(sock)
+        assert state.protection is not None, "sendfile before the keys were installed would go out in the clear"
+        if not self._push(sock):
+            return None
+        wanted = min(self.appetite(count), 1 << 18)
+        if wanted == 0:
+            return None
+        try:
+            data = os.pread(fd, wanted, offset)
+        except OSError as exc:
+            raise FileTruncated(str(exc)) from exc
+        self._take(state, data, end=len(data) == count)
+        self._push(sock)
+        return len(data)
+
+    def send_control(self, sock: socket.socket, content_type: int, payload: bytes) -> bool | None:
+        state = self._state(sock)
+        assert state.protection is not None
+        assert not state.open_record, "a control record behind an open record"
+        if not self._push(sock) or self.appetite(1) == 0:
+            return None
+        self.control_records.append((content_type, payload))
+        state.pending += state.protection.seal(content_type, payload)
+        self._push(sock)
+        return True
+
+    def _take(self, state: _Socket, data: bytes, *, end: bool) -> None:
+        assert state.protection is not None
+        state.open_record += data
+        while len(state.open_record) >= records.MAX_PLAINTEXT or (end and state.open_record):
+            piece = bytes(state.open_record[: records.MAX_PLAINTEXT])
+            del state.open_record[: records.MAX_PLAINTEXT]
+            state.pending += state.protection.seal(records.APPLICATION_DATA, piece)
+
+    def _push(self, sock: socket.socket) -> bool:
+        """What tx_work does: give TCP what it would not take before."""
+        state = self._state(sock)
+        while state.pending:
+            sent = super().send(sock, [bytes(state.pending)], more=False)
+            if sent is None:
+                return False
+            del state.pending[:sent]
+        return True
+
+    def push_all(self) -> None:
+        """Let tx_work run for every socket."""
+        for sock in self._sockets:
+            if sock.fileno() >= 0:
+                self._push(sock)
+
+    def taken_by_tcp(self, sock: socket.socket) -> int:
+        self._push(sock)
+        return super().taken_by_tcp(sock)
+
+    def shutdown(self, sock: socket.socket) -> None:
+        assert not self._state(sock).pending, "FIN while the kernel's TLS still holds records: they are lost"
+        super().shutdown(sock)
+
+
+def nibbling(seed: int) -> Callable[[int], int]:
+    """Return an appetite that accepts anything between nothing and everything."""
+    rng = random.Random(seed)
+
+    def appetite(count: int) -> int:
+        kind = rng.random()
+        if kind < 0.15:
+            return 0
+        return count if kind < 0.5 else rng.randint(1, count)
+
+    return appetite
