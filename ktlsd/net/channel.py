@@ -65,15 +65,16 @@ class Channel:
 
     __slots__ = (
         "_closing",
+        "_ended",
         "_kernel",
         "_keylog",
         "_payload_left",
         "_policy",
+        "_readable",
         "_sock",
         "_tx",
         "expiring",
         "mode",
-        "readable",
         "session",
         "why_userspace",
     )
@@ -98,12 +99,18 @@ class Channel:
         self.session = session  # for its facts (version, suite, names); its data belongs to the channel
         self.mode = Mode.HANDSHAKE
         self.why_userspace = policy.off
-        self.readable = True  # the socket may hold input; the poller sets it, would-block clears it
+        self._readable = True  # the socket may hold input
+        self._ended = False  # TCP's end, or an error, stands behind it
         self.expiring = False  # the keys can't be renewed: finish the response, then close
 
     def fileno(self) -> int:
         """The socket's descriptor, -1 once closed."""
         return self._sock.fileno()
+
+    def note_input(self, *, ended: bool) -> None:
+        """The poller saw an edge: there is input, and behind it the end if `ended`."""
+        self._readable = True
+        self._ended = self._ended or ended
 
     # --- handshake -------------------------------------------------------------------------------------------------
 
@@ -177,12 +184,12 @@ class Channel:
         return b""
 
     def _receive(self) -> bytes | None:
-        if not self.readable:
+        if not self._readable:
             return None
         data = self._kernel.receive(self._sock, _RECEIVE)
-        # A short read has emptied the socket; whatever comes later is a new edge for the poller.
-        if data is None or 0 < len(data) < _RECEIVE:
-            self.readable = False
+        # A short read has emptied the socket, if not the end stands behind it; whatever comes later is a new edge.
+        if data is None or (0 < len(data) < _RECEIVE and not self._ended):
+            self._readable = False
         return data
 
     def _decrypt(self, ciphertext: bytes) -> bytes:
@@ -301,4 +308,7 @@ class Channel:
 
     def drop(self) -> None:
         """Close the socket; what TCP has taken is still delivered."""
+        # OpenSSL takes a session that ends without its own close_notify for a broken one and won't resume it: curl, which
+        # uses session IDs and no tickets in TLS 1.2, would never resume after kernel mode. The record goes nowhere.
+        self.session.close_notify()
         self._sock.close()

@@ -9,7 +9,8 @@ import select
 from collections.abc import Iterator
 from typing import Final, NamedTuple, Protocol
 
-READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_READABLE: Final = select.EPOLLIN | _ENDED
 _EDGES: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _MAX_WAIT: Final = 3600.0  # seconds
 
@@ -24,11 +25,16 @@ class Source(Protocol):
 
 
 class Event(NamedTuple):
-    """What woke a source: `readable` if input (or an end) may have come, `overdue` if its deadline passed."""
+    """What woke a source.
+
+    `readable`: input, an end or an error may have come. `ended`: an end or an error has, behind whatever input there is,
+    and there will be no further edge for it. `overdue`: the deadline has passed.
+    """
 
     source: Source
-    readable: bool
-    overdue: bool
+    readable: bool = False
+    ended: bool = False
+    overdue: bool = False
 
 
 class Poller:
@@ -97,13 +103,13 @@ class Poller:
             source = self._sources.get(fd)
             if source is not None:
                 again.pop(fd, None)
-                yield Event(source, bool(mask & READABLE), due.pop(fd, None) is not None)
+                yield Event(source, bool(mask & _READABLE), bool(mask & _ENDED), due.pop(fd, None) is not None)
         for fd, source in again.items():
             if self._sources.get(fd) is source:
-                yield Event(source, readable=False, overdue=due.pop(fd, None) is not None)
+                yield Event(source, overdue=due.pop(fd, None) is not None)
         for fd, source in due.items():
             if self._sources.get(fd) is source:
-                yield Event(source, readable=False, overdue=True)
+                yield Event(source, overdue=True)
 
     def _due(self, now: float) -> dict[int, Source]:
         due: dict[int, Source] = {}

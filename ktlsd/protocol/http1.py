@@ -174,6 +174,11 @@ class Http1Connection:
             exchange.continue_wanted = self._body is not None and not self._buffer
         self._exchanges.append(exchange)
         self._line = b""
+        if not keep_alive:
+            # What the client pipelined behind it gets no answer (RFC 9112 §9.6).
+            self._refused = True
+            self._body = None
+            self._buffer.clear()
         return Request(
             method=method.decode("ascii"),
             target=target,
@@ -231,7 +236,7 @@ class Http1Connection:
         """Return the segments to send next, about `budget` bytes or one file slice; [] if there are none now."""
         out: list[Segment] = []
         for exchange in self._exchanges:
-            if exchange.response is None or budget <= 0:
+            if exchange.response is None or budget <= 0 or self.closing:
                 break
             if exchange.head:
                 out.append(exchange.head)
@@ -277,7 +282,6 @@ class Http1Connection:
     def _finish(self, exchange: _Exchange, response: Response) -> Completed:
         self._exchanges.popleft()
         if not exchange.keep_alive:
-            # What the client pipelined behind it gets no answer (RFC 9112 §9.6).
             self.closing = True
             self._refused = True
         elif self._draining and not self._exchanges:

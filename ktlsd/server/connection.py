@@ -10,6 +10,7 @@ from typing import Final
 
 from ktlsd.errors import FileTruncated, Overdue, PeerError, PeerTruncated, PlainHttp, RequestError, UnexpectedMessage
 from ktlsd.net.channel import Channel, Mode
+from ktlsd.net.poller import Event
 from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.messages import Completed, Refused, Request
 from ktlsd.server.accesslog import AccessLog, Entry, TlsFacts, timestamp
@@ -99,12 +100,12 @@ class Connection:
 
     # --- the one function ------------------------------------------------------------------------------------------
 
-    def pump(self, now: float, *, readable: bool, overdue: bool) -> tuple[Turn, str | None]:
+    def pump(self, now: float, event: Event) -> tuple[Turn, str | None]:
         """Do all that can be done at once; return how it ended and, if the peer was at fault, one line about it."""
-        if readable:
-            self._channel.readable = True
+        if event.readable:
+            self._channel.note_input(ended=event.ended)
         try:
-            if overdue and self.deadline <= now:
+            if event.overdue and self.deadline <= now:
                 self._overdue(now)
             if self._stage is _Stage.HANDSHAKE:
                 if not self._channel.try_handshake():
@@ -159,8 +160,6 @@ class Connection:
             try:
                 data = channel.try_receive()
             except PeerTruncated:
-                if not http.busy:
-                    raise
                 data = b""  # a client may have closed its side only; if it is gone altogether, sending will tell
             self._check_key_updates(now)
             if data is None:
@@ -249,6 +248,7 @@ class Connection:
             self._http.drain()
 
     def _finish(self) -> None:
+        self._http.abandon()
         self._channel.drop()
         self._stage = _Stage.CLOSED
         self.deadline = float("inf")

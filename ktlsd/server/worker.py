@@ -102,7 +102,7 @@ class Worker:
             now = time.monotonic()
             for event in self._poller.events(ready, now):
                 if isinstance(event.source, Connection):
-                    self._pump(event.source, now, readable=event.readable, overdue=event.overdue)
+                    self._pump(event.source, now, event)
                 elif isinstance(event.source, Listener):
                     self._accept(event.source, now)
                 else:
@@ -154,14 +154,14 @@ class Worker:
         self._connections[connection.fileno()] = connection
         self._services.metrics.count("connections")
         self._poller.add(connection)
-        self._pump(connection, now, readable=True, overdue=False)
+        self._pump(connection, now, Event(connection, readable=True))
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
-    def _pump(self, connection: Connection, now: float, *, readable: bool, overdue: bool) -> None:
+    def _pump(self, connection: Connection, now: float, event: Event) -> None:
         fd = connection.fileno()
         try:
-            turn, complaint = connection.pump(now, readable=readable, overdue=overdue)
+            turn, complaint = connection.pump(now, event)
         except Exception:  # our bug: this connection ends, the worker lives
             _log.exception("bug: connection dropped")
             self._services.metrics.count("ended:bug")
@@ -209,7 +209,7 @@ class Worker:
         self._poller.reschedule(self.waker, self.waker.fileno())
         for connection in list(self._connections.values()):
             connection.drain()
-            self._pump(connection, now, readable=False, overdue=False)
+            self._pump(connection, now, Event(connection))
 
     def _end_all(self, why: str) -> None:
         if self._connections:

@@ -180,6 +180,8 @@ class Session:
 
     def close_notify(self) -> bytes:
         """Return the record that ends our direction, b"" if the session is beyond that."""
+        if not self.established:
+            return b""
         try:
             self._ssl.unwrap()
         except ssl.SSLError:

@@ -56,7 +56,7 @@ class Pair:
 
     def _shake(self):
         self.exchange()
-        self.channel.readable = True
+        self.channel.note_input(ended=False)
         done = self.channel.try_handshake()
         self.exchange()
         return done
@@ -101,7 +101,7 @@ class Pair:
     def close(self):
         """Close to the end; the client answers as curl does."""
         for _ in range(100_000):
-            self.channel.readable = True
+            self.channel.note_input(ended=False)
             if self.channel.try_close():
                 break
             self.exchange()
@@ -228,7 +228,7 @@ def test_receive_gives_what_the_client_sent(pair):
     assert pair.channel.try_receive() is None
     pair.client.send(b"GET / HTTP/1.1\r\n\r\n")
     pair.exchange()
-    pair.channel.readable = True
+    pair.channel.note_input(ended=False)
     assert pair.channel.try_receive() == b"GET / HTTP/1.1\r\n\r\n"
     assert pair.channel.try_receive() is None
 
@@ -238,14 +238,14 @@ def test_receive_goes_on_after_the_hand_over(pair, file):
     pair.read(70_000)
     pair.client.send(b"again")
     pair.exchange()
-    pair.channel.readable = True
+    pair.channel.note_input(ended=False)
     assert pair.channel.try_receive() == b"again"
 
 
 def test_a_half_closed_client_still_gets_everything(pair, file):
     pair.client.ssl.shutdown()
     pair.exchange()
-    pair.channel.readable = True
+    pair.channel.note_input(ended=False)
     assert pair.channel.try_receive() == b""
     pair.send_all([FileSlice(file, 0, 200_000)])
     assert pair.read(200_000) == CONTENT[:200_000]
@@ -253,7 +253,7 @@ def test_a_half_closed_client_still_gets_everything(pair, file):
 
 def test_an_end_without_close_notify_is_a_truncation(pair):
     pair.sock.shutdown(socket.SHUT_WR)
-    pair.channel.readable = True
+    pair.channel.note_input(ended=True)
     with pytest.raises(PeerTruncated):
         pair.channel.try_receive()
 
@@ -295,7 +295,7 @@ def test_a_forged_record_is_answered_by_an_alert(pair, file):
     record = bytearray(pair.client.take())
     record[-1] ^= 1
     pair.sock.sendall(record)
-    pair.channel.readable = True
+    pair.channel.note_input(ended=False)
     with pytest.raises(RecordError):
         pair.channel.try_receive()
     from OpenSSL import SSL
