@@ -55,7 +55,7 @@ class MemoryClient:
                 return
         try:
             while True:
-                self.plain += self.ssl.recv(1 << 16)
+                self.plain += self.ssl.recv(16_384)
         except SSL.WantReadError:
             pass
         except SSL.ZeroReturnError:
@@ -72,7 +72,7 @@ class MemoryClient:
         out = b""
         try:
             while True:
-                out += self.ssl.bio_read(1 << 16)
+                out += self.ssl.bio_read(4096)
         except SSL.WantReadError:
             return out
 

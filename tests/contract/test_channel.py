@@ -61,7 +61,7 @@ class Pair:
         self.exchange()
         return done
 
-    def exchange(self, limit=1 << 20):
+    def exchange(self, limit=1 << 16):
         """Move what the client has to say, and what has come for it; return whether anything moved."""
         moved = False
         if out := self.client.take():

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.ktls
 
 TRANSFERS = int(os.environ.get("KTLSD_TEST_TRANSFERS", "600"))
 CLOSES = int(os.environ.get("KTLSD_TEST_CLOSES", "24"))
+_CLOSE_SIZE = 150_000
 EVERY = [(v, c) for v in VERSIONS for c in CIPHERS]
 
 
@@ -44,7 +46,7 @@ def test_random_transfers_compare_equal(tmp_path):
         threshold = rng.choice([0, 0, 1, 1000, 65_536, 200_000])
         rekey = rng.choice([None, None, 50_000, 300_000])
         policy = HandoverPolicy(facts, threshold, rekey)
-        pair = Pair(kernel, policy, version, cipher, send_buffer=rng.choice([None, None, 4096, 65_536]))
+        pair = Pair(kernel, policy, version, cipher, send_buffer=rng.choice([None] * 14 + [4096, 65_536]))
         for _ in range(min(rng.randint(10, 60), TRANSFERS - done)):
             segments, expected = [], hashlib.sha256()
             total = 0
@@ -79,25 +81,34 @@ def test_random_transfers_compare_equal(tmp_path):
 @pytest.mark.parametrize(("version", "cipher"), [("TLSv1.3", "AES-128-GCM"), ("TLSv1.2", "CHACHA20-POLY1305")])
 def test_closes_with_a_slow_reader_lose_nothing(tmp_path, version, cipher):
     """Small send buffer, slow reader, unread input, Connection: close: every byte comes, then close_notify, then FIN."""
-    (tmp_path / "file").write_bytes(CONTENT[:400_000])
+    (tmp_path / "file").write_bytes(CONTENT[:_CLOSE_SIZE])
     rng = random.Random(5)
-    with ThreadServer(tmp_path, LinuxKernel(), limits=Limits(linger_timeout=2.0), handover_bytes=0) as plain:
-        small = ThreadServer(tmp_path, LinuxKernel(), limits=Limits(linger_timeout=2.0), handover_bytes=0, send_buffer=4096)
-        with small:
-            for _ in range(CLOSES // 2):
-                server = rng.choice([plain, small])
-                peer = Client(server.port, version, cipher, receive_buffer=rng.choice([4096, None]))
-                peer.send(b"GET /file HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                if rng.random() < 0.5:  # unread when the server closes
-                    peer.send(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
-                status, headers = peer.head()
-                if rng.random() < 0.5:
-                    time.sleep(rng.choice([0.001, 0.02]))
-                body = peer.until(int(headers["content-length"]))
-                assert body == CONTENT[:400_000]
-                peer.wait_for_close()
-                assert (status, peer.tls.closed, bytes(peer.tls.plain)) == (200, True, b"")
-                peer.close()
+    choices = [
+        (rng.choice(["plain", "small"]), rng.choice([4096, None]), rng.random() < 0.5, rng.choice([0, 0, 0.001, 0.02]))
+        for _ in range(CLOSES)
+    ]
+    limits = Limits(linger_timeout=2.0)
+    with (
+        ThreadServer(tmp_path, LinuxKernel(), limits=limits, handover_bytes=0) as plain,
+        ThreadServer(tmp_path, LinuxKernel(), limits=limits, handover_bytes=0, send_buffer=4096) as small,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        ports = {"plain": plain.port, "small": small.port}
+
+        def download(choice):
+            buffer, receive_buffer, pipelined, pause = choice
+            peer = Client(ports[buffer], version, cipher, receive_buffer=receive_buffer)
+            peer.send(b"GET /file HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            if pipelined:  # unread when the server closes
+                peer.send(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+            status, headers = peer.head()
+            time.sleep(pause)
+            body = peer.until(int(headers["content-length"]))
+            peer.wait_for_close()
+            peer.close()
+            return status, body == CONTENT[:_CLOSE_SIZE], peer.tls.closed, bytes(peer.tls.plain)
+
+        assert set(pool.map(download, choices)) == {(200, True, True, b"")}
 
 
 def test_a_client_that_sent_fin_before_the_hand_over_is_served_in_userspace(tmp_path):

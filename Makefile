@@ -1,0 +1,73 @@
+# make serve [DIR=/path]: serve it. make test: everything the tests need, then all of them. make help tells the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+APT    := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
+# What make test wants from Debian: the kernel to test on and the clients to test with.
+TOOLS  := linux.uml:user-mode-linux curl:curl openssl:openssl wget:wget aria2c:aria2 gnutls-cli:gnutls-bin strace:strace
+DIR    ?= .sample
+LISTEN ?= localhost:8443
+
+.PHONY: help serve test lint bench clean
+
+help:
+	@echo "make serve [DIR=/path] [LISTEN=HOST:PORT]  serve a directory at https://localhost:8443"
+	@echo "make test                                  install what tests need and run all of them"
+	@echo "make lint                                  ruff and mypy"
+	@echo "make bench                                 what a gigabyte costs, kernel against userspace"
+
+serve: $(VENV)/.installed certs/localhost.pem $(if $(filter .sample,$(DIR)),.sample/SHA256SUMS)
+	@echo "To download:  curl --cacert $(CURDIR)/certs/ca.pem -O https://$(LISTEN)/$(if $(filter .sample,$(DIR)),big,FILE)"
+	@exec $(BIN)/ktlsd serve "$(DIR)" --listen $(LISTEN) --cert certs/localhost.pem --key certs/localhost.key
+
+test: $(VENV)/.installed-test tools
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python tests/cost.py
+
+clean:
+	rm -rf $(VENV) .sample .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+# --- what they stand on ---
+
+# Debian splits venv off python3: get it where it is missing. A broken half of a .venv is made anew.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ktlsd needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(APT) update -qq && $(APT) install -y -qq python3-venv; }
+	@rm -rf $(VENV); $(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint,test]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+.PHONY: tools
+tools:
+	@missing=; for pair in $(TOOLS); do command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; $(APT) update -qq && $(APT) install -y -qq $$missing; fi
+
+certs/localhost.pem: | $(VENV)/.installed
+	@$(BIN)/python certs/make.py
+
+# Something to look at and something to download, for those who only want to try.
+.sample/SHA256SUMS:
+	@mkdir -p .sample
+	@head -c 268435456 /dev/urandom > .sample/big
+	@printf '<!doctype html><title>ktlsd</title><h1>It works</h1><p><a href="big">256 MiB of noise</a>, <a href="SHA256SUMS">its checksum</a></p>\n' > .sample/index.html
+	@cd .sample && sha256sum big > SHA256SUMS
