@@ -77,7 +77,8 @@ class MemoryClient:
             return out
 
     def send(self, data: bytes) -> None:
-        self.ssl.send(data)
+        while data:
+            data = data[self.ssl.send(data) :]
 
 
 @dataclass

@@ -9,10 +9,12 @@ import errno
 import os
 import random
 import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 from ktlsd import uapi
-from ktlsd.errors import FileTruncated, HandoverError
+from ktlsd.errors import FileTruncated, HandoverError, PeerTruncated
 from ktlsd.net.kernel import Buffer, LinuxKernel
 from ktlsd.tls import records
 from ktlsd.tls.protection import Protection
@@ -42,6 +44,8 @@ class FakeKernel(LinuxKernel):
         self.rekeyed = 0
         self.control_records: list[tuple[int, bytes]] = []
         self._sockets: dict[socket.socket, _Socket] = {}
+        self._lock = threading.RLock()
+        self._tx_work: threading.Thread | None = None
 
     def _state(self, sock: socket.socket) -> _Socket:
         return self._sockets.setdefault(sock, _Socket())
@@ -113,7 +117,8 @@ class FakeKernel(LinuxKernel):
         if not self._push(sock) or self.appetite(1) == 0:
             return None
         self.control_records.append((content_type, payload))
-        state.pending += state.protection.seal(content_type, payload)
+        with self._lock:
+            state.pending += state.protection.seal(content_type, payload)
         self._push(sock)
         return True
 
@@ -123,23 +128,40 @@ class FakeKernel(LinuxKernel):
         while len(state.open_record) >= records.MAX_PLAINTEXT or (end and state.open_record):
             piece = bytes(state.open_record[: records.MAX_PLAINTEXT])
             del state.open_record[: records.MAX_PLAINTEXT]
-            state.pending += state.protection.seal(records.APPLICATION_DATA, piece)
+            with self._lock:
+                state.pending += state.protection.seal(records.APPLICATION_DATA, piece)
 
     def _push(self, sock: socket.socket) -> bool:
-        """What tx_work does: give TCP what it would not take before."""
+        """Give TCP what it would not take before; what is still left then is tx_work's."""
         state = self._state(sock)
-        while state.pending:
-            sent = super().send(sock, [bytes(state.pending)], more=False)
-            if sent is None:
-                return False
-            del state.pending[:sent]
+        with self._lock:
+            while state.pending:
+                sent = super().send(sock, [bytes(state.pending)], more=False)
+                if sent is None:
+                    self._start_tx_work()
+                    return False
+                del state.pending[:sent]
         return True
 
-    def push_all(self) -> None:
-        """Let tx_work run for every socket."""
-        for sock in self._sockets:
-            if sock.fileno() >= 0:
-                self._push(sock)
+    def _start_tx_work(self) -> None:
+        if self._tx_work is None or not self._tx_work.is_alive():
+            self._tx_work = threading.Thread(target=self._work, daemon=True)
+            self._tx_work.start()
+
+    def _work(self) -> None:
+        """The kernel's tx_work: pushes by itself, whether or not anybody calls."""
+        while True:
+            time.sleep(0.002)
+            with self._lock:
+                waiting = [sock for sock, state in self._sockets.items() if state.pending and sock.fileno() >= 0]
+                if not waiting:
+                    self._tx_work = None
+                    return
+                for sock in waiting:
+                    try:
+                        self._push(sock)
+                    except PeerTruncated:
+                        self._state(sock).pending.clear()
 
     def taken_by_tcp(self, sock: socket.socket) -> int:
         self._push(sock)
@@ -150,13 +172,16 @@ class FakeKernel(LinuxKernel):
         super().shutdown(sock)
 
 
-def nibbling(seed: int) -> Callable[[int], int]:
-    """Return an appetite that accepts anything between nothing and everything."""
+def nibbling(seed: int, *, blocks: bool = True) -> Callable[[int], int]:
+    """Return an appetite that accepts anything between nothing and everything.
+
+    Without `blocks` never nothing: no edge follows such a would-block, and who waits for one would wait for ever.
+    """
     rng = random.Random(seed)
 
     def appetite(count: int) -> int:
         kind = rng.random()
-        if kind < 0.15:
+        if blocks and kind < 0.15:
             return 0
         return count if kind < 0.5 else rng.randint(1, count)
 
