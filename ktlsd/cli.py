@@ -17,7 +17,7 @@ from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import LinuxKernel
 from ktlsd.server import run
-from ktlsd.settings import Settings, load_file, validate
+from ktlsd.settings import Settings, load_file, read_file, validate
 
 
 def _errors_as_exit_status(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,7 +57,7 @@ def main() -> None:
 def serve(config: str | None, **flags: Any) -> None:
     """Serve the files in DIR (default: this folder) over HTTPS."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
-    settings = _merge(load_file(config) if config else Settings(), flags)
+    settings = _merge(read_file(config) if config else Settings(), flags)
     validate(settings)
     run.serve(settings, announce=_announce)
 

@@ -61,13 +61,18 @@ class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of it."""
 
-    root: str = "."
+    root: str | None = None  # None: the folder ktlsd was started in
     listen: tuple[str, ...] = DEFAULT_LISTEN
     workers: Literal[1] = 1
     tls: Tls = Tls()
     ktls: Ktls = Ktls()
     limits: Limits = Limits()
     log: Log = Log()
+
+    @property
+    def directory(self) -> str:
+        """The folder that is served."""
+        return "." if self.root is None else self.root
 
     @property
     def listen_addresses(self) -> list[tuple[str, int]]:
@@ -88,7 +93,17 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 def load_file(path: str) -> Settings:
-    """Read a configuration file. Raises SettingsError with file, key and reason; relative paths count from the file."""
+    """Read a configuration file and check it as a whole. Raises SettingsError with file, key and reason."""
+    settings = read_file(path)
+    try:
+        validate(settings)
+    except SettingsError as exc:
+        raise SettingsError(f"{path}: {exc}") from exc
+    return settings
+
+
+def read_file(path: str) -> Settings:
+    """Read a configuration file, names and types checked only: what the command line replaces may be wrong. Raises SettingsError with file, key and reason; relative paths count from the file."""
     try:
         text = Path(path).read_bytes()
     except OSError as exc:
@@ -107,17 +122,12 @@ def load_file(path: str) -> Settings:
     def anchored(name: str | None) -> str | None:
         return name if name is None or name == "-" else str(base / name)
 
-    settings = msgspec.structs.replace(
+    return msgspec.structs.replace(
         settings,
         root=anchored(settings.root),
         tls=msgspec.structs.replace(settings.tls, cert=anchored(settings.tls.cert), key=anchored(settings.tls.key)),
         log=msgspec.structs.replace(settings.log, access=anchored(settings.log.access)),
     )
-    try:
-        validate(settings)
-    except SettingsError as exc:
-        raise SettingsError(f"{path}: {exc}") from exc
-    return settings
 
 
 def validate(settings: Settings) -> None:
@@ -133,5 +143,5 @@ def validate(settings: Settings) -> None:
             raise SettingsError(f"{name}: {file}: no such file")
     if not settings.tls.alpn:
         raise SettingsError("tls.alpn: is empty; leave it out or name http/1.1")
-    if not os.path.isdir(settings.root):
+    if settings.root is not None and not os.path.isdir(settings.root):
         raise SettingsError(f"root: {settings.root}: no such directory")

@@ -16,9 +16,28 @@ LAYERS = {
     4: ["cli", "__main__"],
 }
 # In layer 1 these two don't know each other; net doesn't know HTTP.
-STRANGERS = [("tls", "protocol"), ("protocol", "tls"), ("net", "protocol"), ("net", "files"), ("protocol", "files"), ("files", "net")]
+STRANGERS = [
+    ("tls", "protocol"),
+    ("protocol", "tls"),
+    ("net", "protocol"),
+    ("net", "files"),
+    ("protocol", "files"),
+    ("files", "net"),
+]
 # Layer 1 takes bytes and the time as arguments.
-IMPURE = {"socket", "os", "select", "random", "threading", "subprocess", "asyncio", "logging", "datetime", "secrets", "selectors"}
+IMPURE = {
+    "socket",
+    "os",
+    "select",
+    "random",
+    "threading",
+    "subprocess",
+    "asyncio",
+    "logging",
+    "datetime",
+    "secrets",
+    "selectors",
+}
 MAX_LINES = 400
 
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
@@ -40,7 +59,9 @@ def imports(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: imports are absolute"
             assert node.module
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module.startswith("ktlsd") else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module.startswith("ktlsd") else {node.module}
+            )
     return found
 
 

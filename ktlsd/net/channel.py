@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ktlsd import uapi
-from ktlsd.errors import HandoverError, PeerAlert, PeerError, PeerTruncated
+from ktlsd.errors import HandoverError, PeerAlert, PeerError, PeerTruncated, UnexpectedMessage
 from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import Kernel
@@ -28,6 +28,7 @@ from ktlsd.tls.session import Session
 
 # More than a request needs; OpenSSL's memory BIO keeps the largest size it ever had, for every idle connection.
 _RECEIVE: Final = 16_384
+_RECEIVES: Final = 8  # at most so many in one call: a peer that floods must not have the worker for itself
 
 
 class Mode(enum.Enum):
@@ -64,6 +65,7 @@ class Channel:
     """One accepted TCP connection and its TLS session. The caller owns time, order and HTTP."""
 
     __slots__ = (
+        "_behind_finished",
         "_closing",
         "_ended",
         "_kernel",
@@ -100,12 +102,18 @@ class Channel:
         self.mode = Mode.HANDSHAKE
         self.why_userspace = policy.off
         self._readable = True  # the socket may hold input
+        self._behind_finished = True  # bytes that came with the client's Finished may wait inside the session
         self._ended = False  # TCP's end, or an error, stands behind it
         self.expiring = False  # the keys can't be renewed: finish the response, then close
 
     def fileno(self) -> int:
         """The socket's descriptor, -1 once closed."""
         return self._sock.fileno()
+
+    @property
+    def has_input(self) -> bool:
+        """Whether a call stopped because it had received enough for one turn, and there may be more."""
+        return self._readable
 
     def note_input(self, *, ended: bool) -> None:
         """The poller saw an edge: there is input, and behind it the end if `ended`."""
@@ -171,17 +179,18 @@ class Channel:
         have been told to the peer as an alert, if it could be.
         """
         session = self.session
-        while not session.peer_closed:
+        for _ in range(_RECEIVES):
+            if session.peer_closed:
+                return b""
             ciphertext = self._receive()
-            if ciphertext is None and session.eventless:
+            if ciphertext is None and not self._behind_finished:
                 return None
             if ciphertext == b"":
                 raise PeerTruncated("TCP ended without close_notify")
-            # Not eventless: bytes behind the client's Finished may wait inside since the handshake.
             plain = self._decrypt(ciphertext or b"")
             if plain:
                 return plain
-        return b""
+        return None  # `has_input` tells that this was not the socket's end
 
     def _receive(self) -> bytes | None:
         if not self._readable:
@@ -194,17 +203,22 @@ class Channel:
 
     def _decrypt(self, ciphertext: bytes) -> bytes:
         session = self.session
+        self._behind_finished = False
         try:
             plain = session.decrypt(ciphertext)
         except PeerError as exc:
             self.say_goodbye(exc)
             raise
-        if not session.eventless:
-            session.eventless = True
+        if session.version == uapi.TLS_1_3_VERSION:
             before = session.key_updates
             self._learn()
             if session.key_updates != before:
                 self._answer_key_update()
+        elif refusal := session.take_output():
+            if isinstance(self._tx, UserspaceTx):
+                self._tx.queue(refusal)
+                self._tx.flush()
+            raise UnexpectedMessage("the client wants to renegotiate")
         return plain
 
     def _answer_key_update(self) -> None:
@@ -280,12 +294,13 @@ class Channel:
                 return None
             self._kernel.shutdown(self._sock)
             self._closing = _Closing.FINISHED
-        while True:
+        for _ in range(_RECEIVES):
             data = self._receive()
             if data is None:
                 return None
             if not data:
                 return True
+        return None
 
     def unacknowledged(self) -> int:
         """Return how many bytes TCP still has to bring to the peer."""
@@ -294,12 +309,18 @@ class Channel:
     def say_goodbye(self, error: PeerError) -> None:
         """Tell the peer what is wrong, if that can be done at once and in order; it gets no second try."""
         if self._closing is _Closing.NO and not isinstance(error, PeerAlert):
-            self._tx.say_goodbye(error)
+            try:
+                self._tx.say_goodbye(error)
+            except PeerError:
+                pass  # gone already: nobody to tell
 
     def send_plain(self, data: bytes) -> None:
         """Send bytes in the clear to a client that never spoke TLS; what doesn't go at once is dropped."""
         assert self.mode is Mode.HANDSHAKE
-        self._kernel.send(self._sock, [data], more=False)
+        try:
+            self._kernel.send(self._sock, [data], more=False)
+        except PeerError:
+            pass  # gone already: nobody to tell
 
     def abort(self) -> None:
         """Close at once with RST, without close_notify: the peer can tell that something is missing."""

@@ -137,9 +137,13 @@ class LinuxKernel:
             raise FileTruncated(f"sendfile at {offset}: {exc.strerror}") from exc
 
     def taken_by_tcp(self, sock: socket.socket) -> int:
-        info = sock.getsockopt(uapi.SOL_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
-        (acked,) = struct.unpack_from("=Q", info, _BYTES_ACKED_AT)
-        return int(acked) + self.unacknowledged(sock)
+        # An acknowledgement between the two questions would be missed in the sum: ask until none came in between.
+        acked = _bytes_acked(sock)
+        while True:
+            taken, before = acked + self.unacknowledged(sock), acked
+            acked = _bytes_acked(sock)
+            if acked == before:
+                return taken
 
     def unacknowledged(self, sock: socket.socket) -> int:
         answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")  # SIOCOUTQ is the same number
@@ -156,6 +160,11 @@ class LinuxKernel:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         finally:
             sock.close()
+
+
+def _bytes_acked(sock: socket.socket) -> int:
+    info = sock.getsockopt(uapi.SOL_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    return int(struct.unpack_from("=Q", info, _BYTES_ACKED_AT)[0])
 
 
 def _peer_error(exc: OSError) -> Exception:

@@ -9,20 +9,23 @@ import os
 import ssl
 from typing import Final
 
-_CAPACITY: Final = 1 << 18  # bytes; one handshake writes about 1 KB. 1 MiB is the limit for the unprivileged
+# Bytes. OpenSSL blocks in write() on a full pipe, so what one step can log must fit: 32 KiB of ciphertext (what one step is
+# fed at most) hold 1,213 KeyUpdates of 27 bytes, each logs a line of 186. 1 MiB is the limit for the unprivileged.
+_CAPACITY: Final = 1 << 18
 _READ: Final = 1 << 16
 
 
 class KeyLogPipe:
-    """A pipe for the key log of this process's contexts. Make it after the fork that makes the worker."""
+    """A pipe for the key log of this process's contexts. Make it after the fork that makes the worker. Raises OSError."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._read, False)
         try:
             fcntl.fcntl(self._write, fcntl.F_SETPIPE_SZ, _CAPACITY)
-        except OSError:
-            pass  # over the user's pipe allowance (pipe-user-pages-soft): the default, 64 KiB or 4 KiB, is still enough
+        except OSError:  # over the user's allowance, fs.pipe-user-pages-soft
+            self.close()
+            raise
 
     def attach(self, context: ssl.SSLContext) -> None:
         """Have `context` log here. Never taken back: sessions that live may write on. Raises OSError without /proc."""
@@ -31,10 +34,12 @@ class KeyLogPipe:
 
     def drain(self) -> bytes:
         """Return the lines that have come since the last call, b"" if none."""
-        try:
-            return os.read(self._read, _READ)
-        except BlockingIOError:
-            return b""
+        lines = b""
+        while True:
+            try:
+                lines += os.read(self._read, _READ)
+            except BlockingIOError:
+                return lines
 
     def close(self) -> None:
         """Close both ends; contexts attached keep theirs until they go."""

@@ -16,6 +16,7 @@ from ktlsd.tls import records
 from ktlsd.tls.session import Session
 
 # Plaintext encrypted ahead of the socket: much for the calls it saves, little for a peer that reads slowly.
+_IOV_MAX: Final = 1024  # buffers one sendmsg takes (EMSGSIZE)
 _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
 _BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
 
@@ -61,7 +62,7 @@ class UserspaceTx:
         """Send ciphertext that is left over; whether none is."""
         unsent = self._unsent
         while unsent:
-            sent = self._kernel.send(self._sock, unsent, more=False)
+            sent = self._kernel.send(self._sock, unsent[:_IOV_MAX], more=False)
             if sent is None:
                 return False
             done = 0

@@ -7,6 +7,7 @@ from ktlsd.errors import RequestError
 
 MAX_BODY: Final = 65_536  # bytes dropped on behalf of one request; a longer body ends the connection with 413
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_TRAILER: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 _MAX_LINE: Final = 1024  # bytes of a chunk-size line or trailer field
 
 
@@ -83,6 +84,8 @@ class BodyDrain:
     def _chunk_line(self, line: bytes) -> None:
         if self._in_trailer:
             self._dropped += len(line)
+            if line and not _TRAILER.fullmatch(line):
+                raise RequestError(400, "A trailer field is malformed.")
             self.done = not line
         else:
             match = _CHUNK_SIZE.fullmatch(line)

@@ -17,13 +17,14 @@ from ktlsd.slices import FileSlice, Segment
 MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
 MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
 MAX_FIELDS: Final = 100
-MAX_PIPELINED: Final = 16  # requests understood and not yet answered; more wait in the buffer
+MAX_PIPELINED: Final = 4  # requests understood and not yet answered; more wait in the buffer
 MAX_BUFFERED: Final = MAX_HEAD + 4  # bytes; above it no more input is wanted
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-_FIELD: Final = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+# No part of it overlaps another: blanks are stripped afterwards, backtracking over them would be cubic.
+_FIELD: Final = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]*)(?::\d{0,5})?")
 
 
@@ -99,6 +100,8 @@ class Http1Connection:
                 found.append(self._parse(head))
             except RequestError as error:
                 found.append(self._refuse(error))
+        if self._draining and not self._exchanges and not self.head_begun and data:
+            self.closing = True  # the rest of a body was all that was waited for
         return found
 
     def give_up(self, error: RequestError) -> Refused:
@@ -329,7 +332,7 @@ def _parse_fields(rest: bytes) -> tuple[tuple[bytes, bytes], ...]:
         if match is None:
             raise RequestError(400, "A header line is malformed.")
         name, value = match.groups()
-        headers.append((name.lower(), value))
+        headers.append((name.lower(), value.strip(b" \t")))
     return tuple(headers)
 
 

@@ -4,6 +4,7 @@ What a client sent goes into it only escaped: no line can be forged, no terminal
 """
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import msgspec
 from ktlsd.errors import StartError
 
 _encode = msgspec.json.encode
+# JSON lets DEL and the C1 controls (in UTF-8) through; terminals obey them.
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def timestamp(seconds: float) -> str:
 
 
 def _json_line(entry: Entry) -> bytes:
-    return _encode(entry) + b"\n"
+    return _CONTROLS.sub(lambda match: b"\\u00%02x" % match[0][-1], _encode(entry)) + b"\n"
 
 
 def _combined_line(entry: Entry) -> bytes:

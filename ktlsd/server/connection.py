@@ -19,6 +19,7 @@ from ktlsd.server.responder import Responder
 from ktlsd.settings import Limits
 
 _BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs
+_RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
 _KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
 _CLOSE_TICK: Final = 0.05  # seconds between looks at what TCP still holds, doubling up to a second
 _PLAIN_ANSWER: Final = (
@@ -70,7 +71,8 @@ class Connection:
         "_close_until",
         "_fd",
         "_http",
-        "_key_update_window",
+        "_key_update_tokens",
+        "_key_updates_seen",
         "_pending",
         "_services",
         "_stage",
@@ -87,7 +89,8 @@ class Connection:
         self._pending: dict[int, _Pending] = {}
         self._stage = _Stage.HANDSHAKE
         self._fd = channel.fileno()
-        self._key_update_window = (now, 0)
+        self._key_update_tokens = (now, float(_KEY_UPDATES_PER_SECOND))
+        self._key_updates_seen = 0
         self._close_tick = _CLOSE_TICK
         self._close_until = 0.0
         self._unacknowledged = 0
@@ -115,6 +118,8 @@ class Connection:
                 return Turn.AGAIN, None
             if self._stage is _Stage.CLOSING:
                 self._pump_closing(now)
+                if self._stage is _Stage.CLOSING and self._channel.has_input:
+                    return Turn.AGAIN, None
         except (PeerError, FileTruncated) as error:
             return Turn.CLOSED, self._fail(error)
         return (Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.WAIT), None
@@ -130,7 +135,7 @@ class Connection:
     def _pump_http(self, now: float) -> bool:
         """Output, then input, until neither moves; True if the turn's budget ended it."""
         http, channel = self._http, self._channel
-        spent = 0
+        spent = received = 0
         while True:
             while segments := http.next_output(_BUDGET):
                 sent = channel.try_send(segments, body_bytes=http.body_bytes)
@@ -148,7 +153,10 @@ class Connection:
                 self._close_until = now + self._services.limits.linger_timeout
                 return False
             if not self._take_input(now):
-                return False
+                return channel.has_input and http.wants_input
+            received += 1
+            if received >= _RECEIVES:
+                return True
 
     def _take_input(self, now: float) -> bool:
         """Receive once and answer what became whole; False if nothing new came."""
@@ -169,7 +177,7 @@ class Connection:
                 return True
             begun = http.head_begun
             requests = http.receive(data)
-            if not begun and not requests:
+            if not begun and not requests and http.head_begun and not http.busy:
                 self._set_deadline(now)
         for request in requests:
             self._answer(request, now)
@@ -195,7 +203,8 @@ class Connection:
     def _check_key_updates(self, now: float) -> None:
         began, base = self._key_update_window
         seen = self._channel.session.key_updates
-        if seen - base > _KEY_UPDATES_PER_SECOND and now - began < 1.0:
+        if seen - base > _RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
+_KEY_UPDATES_PER_SECOND and now - began < 1.0:
             error = UnexpectedMessage(f"{seen - base} KeyUpdates within a second")
             self._channel.say_goodbye(error)
             raise error
@@ -211,6 +220,11 @@ class Connection:
         if self._stage is _Stage.CLOSING:
             return
         if self._http.busy:
+            left = self._channel.unacknowledged()
+            if left != self._unacknowledged:  # slow, but it does take what TCP holds: writable comes in large steps only
+                self._unacknowledged = left
+                self.deadline = now + self._services.limits.progress_timeout
+                return
             raise Overdue("the client takes no data")
         if self._http.head_begun:
             refused = self._http.give_up(RequestError(408, "The request did not arrive in time."))
@@ -262,7 +276,8 @@ class Connection:
         for stream_id, status, body_bytes in left:
             self._log(stream_id, status, body_bytes, complete=False)
         in_handshake = self._stage is _Stage.HANDSHAKE
-        if left or (isinstance(error, Overdue) and self._stage is _Stage.CLOSING):
+        told = isinstance(error, PeerError) and error.alert is not None  # RST would destroy the alert
+        if (left and not told) or (isinstance(error, Overdue) and self._stage is _Stage.CLOSING):
             self._channel.abort()
         self._finish()
         if not left and isinstance(error, PeerTruncated) and not in_handshake:

@@ -34,7 +34,7 @@ _SPARE_DESCRIPTORS: Final = 64
 
 def check(settings: Settings) -> None:
     """Try everything that can be tried without listening. Raises SettingsError."""
-    DocumentRoot(settings.root).close()
+    DocumentRoot(settings.directory).close()
     if settings.tls.cert is not None:
         build_context(settings.tls)
 
@@ -49,7 +49,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
         settings = msgspec.structs.replace(settings, tls=tls)
     process.forbid_core_dumps()
     context = build_context(settings.tls)
-    root = DocumentRoot(settings.root)
+    root = DocumentRoot(settings.directory)
     access_log = AccessLog(settings.log.access, settings.log.format)
     kernel = LinuxKernel()
     policy, keylog = prepare_kernel(settings, kernel, context)
@@ -75,14 +75,15 @@ def prepare_kernel(settings: Settings, kernel: Kernel, context: ssl.SSLContext) 
         raise StartError(f"--ktls require: the kernel doesn't encrypt ({refused}). {handover.remedy(refused)}")
     if reason:
         return HandoverPolicy(facts, off=reason), None
-    keylog = KeyLogPipe()
     try:
+        keylog = KeyLogPipe()
         keylog.attach(context)
     except OSError as exc:
-        keylog.close()
         if ktls.mode == "require":
-            raise StartError(f"--ktls require: no key log without /proc ({exc.strerror}): mount it") from exc
-        return HandoverPolicy(facts, off="no /proc for the key log"), None
+            raise StartError(
+                f"--ktls require: no key log ({exc.strerror}): mount /proc, raise fs.pipe-user-pages-soft"
+            ) from exc
+        return HandoverPolicy(facts, off=f"no key log: {exc.strerror}"), None
     return HandoverPolicy(facts, ktls.handover_bytes, ktls.rekey_bytes), keylog
 
 
@@ -92,7 +93,7 @@ def _told(settings: Settings, bound: list[tuple[str, list[Listener]]], policy: H
     for host, group in bound:
         name = host if host not in ("", "0.0.0.0", "::") else "localhost"  # noqa: S104  # shown, not bound
         urls.append(f"https://{listeners.address_text(name, group[0].address[1])}/")
-    lines = [f"ktlsd {__version__} serves {os.path.realpath(settings.root)}"]
+    lines = [f"ktlsd {__version__} serves {os.path.realpath(settings.directory)}"]
     lines += [f"  at           {url}" for url in urls]
     if trust:
         lines += [f"  certificate  for development only; to trust it: curl --cacert {trust} {urls[0]}"]

@@ -137,7 +137,11 @@ class Worker:
                 return
             if accepted is None:
                 return
-            self._welcome(*accepted, now)
+            try:
+                self._welcome(*accepted, now)
+            except (OSError, ssl.SSLError, MemoryError):  # epoll's or OpenSSL's limit: this client only
+                _log.exception("cannot take on a connection")
+                accepted[0].close()
 
     def _pause_accepting(self, now: float, why: str) -> None:
         """Descriptors or memory ran out: new clients wait in the backlog; asking on would only spin."""

@@ -11,11 +11,9 @@ from ktlsd import uapi
 from ktlsd.errors import HandshakeFailed, PeerAlert, PeerError, PlainHttp, RecordError, UnexpectedMessage
 from ktlsd.tls import keylog, schedule
 from ktlsd.tls.hello import CLIENT_HELLO, MAX_FRAGMENT_LENGTH, SERVER_HELLO, Hello
-from ktlsd.tls.records import HEADER_LENGTH, MAX_PLAINTEXT, OutgoingRecords, rec_seq
+from ktlsd.tls.records import MAX_PLAINTEXT, OutgoingRecords, rec_seq
 from ktlsd.tls.suites import Suite, suite_by_name
 
-# A TLS 1.3 record without padding: header, content type, tag. See `Session.eventless`.
-_OVERHEAD_13: Final = HEADER_LENGTH + 1 + 16
 _VERSIONS: Final = {"TLSv1.2": uapi.TLS_1_2_VERSION, "TLSv1.3": uapi.TLS_1_3_VERSION}
 
 
@@ -35,7 +33,6 @@ class Session:
         "_server_hello",
         "_ssl",
         "established",
-        "eventless",
         "key_updates",
         "peer_closed",
         "suite",
@@ -52,7 +49,6 @@ class Session:
         self._secret: bytes | None = None  # TLS 1.3: the server's traffic secret; TLS 1.2: the master secret
         self.established = False
         self.peer_closed = False
-        self.eventless = False
         self.key_updates = 0  # how many the peer has sent
         self.version = 0  # uapi's number once established, 0 for one the kernel doesn't know
         self.suite: Suite | None = None
@@ -136,7 +132,6 @@ class Session:
     def decrypt(self, ciphertext: bytes) -> bytes:
         """Feed what came, return the plaintext of all whole records so far; sets `peer_closed` at close_notify.
 
-        Sets `eventless` if the bytes were just one record of application data: then the key log has nothing new.
         Raises RecordError, UnexpectedMessage or PeerAlert; OpenSSL's own alert is in `farewell` and only of use in
         userspace mode.
         """
@@ -157,8 +152,14 @@ class Session:
             self.peer_closed = True
         except ssl.SSLError as exc:
             raise _record_error(exc, self._outgoing.read()) from exc
-        self.eventless = self.version == uapi.TLS_1_2_VERSION or len(plain) + _OVERHEAD_13 == len(ciphertext)
         return plain
+
+    def take_output(self) -> bytes:
+        """Return records that OpenSSL wrote by itself while it read: in TLS 1.2 the alert that refuses a renegotiation."""
+        out = self._outgoing.read() if self._outgoing.pending else b""
+        if out:
+            self._records.feed(out)
+        return out
 
     def encrypt(self, plaintext: bytes | memoryview) -> list[bytes]:
         """Return the records for `plaintext`, one buffer per 16,384 bytes.
@@ -195,7 +196,8 @@ class Session:
     @property
     def exportable(self) -> bool:
         """Whether `export_tx` can work: established, a suite the kernel's headers know, and the secret was learnt."""
-        return self.established and bool(self.version) and self.suite is not None and self._secret is not None
+        hellos = self._client_hello.random is not None and self._server_hello.random is not None
+        return hellos and bool(self.version) and self.suite is not None and self._secret is not None
 
     def export_tx(self) -> uapi.CryptoInfo:
         """Return the keys of our direction with the number of the next record.

@@ -28,9 +28,7 @@ CONTENT = random.Random(7).randbytes(1_000_003)
 class Pair:
     """A channel and its client over a real TCP connection, both driven by the test."""
 
-    def __init__(
-        self, kernel, policy, version="TLSv1.3", cipher="AES-256-GCM", *, send_buffer=None, receive_buffer=None
-    ):
+    def __init__(self, kernel, policy, version="TLSv1.3", cipher="AES-256-GCM", *, send_buffer=None, receive_buffer=None):
         listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

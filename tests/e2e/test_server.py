@@ -93,7 +93,9 @@ def test_head_has_gets_header(client):
 
 
 def test_pipelined_requests_are_answered_in_order(client):
-    client.send(b"".join(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % name for name in (b"big", b"small.txt", b"empty", b"big") * 10))
+    client.send(
+        b"".join(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % name for name in (b"big", b"small.txt", b"empty", b"big") * 10)
+    )
     for _ in range(10):
         assert [client.reply().body for _ in range(4)] == [CONTENT, b"small", b"", CONTENT]
 
@@ -180,7 +182,13 @@ def test_the_log_proves_who_encrypted(server, client, kernel):
     server.stop()
     small, big = server.entries()
     assert (small["status"], small["bytes"], small["tls"]["tx"]) == (200, 5, "userspace")
-    assert (big["status"], big["bytes"], big["complete"], big["range"], big["user_agent"]) == (206, 700_000, True, "bytes=1-", "me")
+    assert (big["status"], big["bytes"], big["complete"], big["range"], big["user_agent"]) == (
+        206,
+        700_000,
+        True,
+        "bytes=1-",
+        "me",
+    )
     assert (big["tls"]["version"], big["tls"]["cipher"]) == ("TLSv1.3", "TLS_AES_256_GCM_SHA384")
     if kernel is None:
         assert (big["tls"]["tx"], big["tls"]["why"]) == ("userspace", "switched off")
@@ -225,7 +233,8 @@ def test_a_failed_handshake_gets_its_alert(root):
 
 
 @pytest.mark.parametrize(
-    ("before", "status"), [(b"", None), (b"GET / HTTP/1.1\r\nHos", 408), (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab", 405)]
+    ("before", "status"),
+    [(b"", None), (b"GET / HTTP/1.1\r\nHos", 408), (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab", 405)],
 )
 def test_idle_and_slow_clients_are_ended(root, before, status):
     with ThreadServer(root, None, limits=Limits(idle_timeout=0.2, header_timeout=0.2)) as server:

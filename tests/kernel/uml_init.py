@@ -46,7 +46,14 @@ def build_root(job):
     for name in ("upper", "work", "root"):
         os.mkdir(f"/mnt/{name}")
     mount("overlay", root, "overlay", "lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work")
-    for kind, target in (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/dev/shm"), ("devpts", "/dev/pts"), ("tmpfs", "/run")):
+    for kind, target in (
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("devtmpfs", "/dev"),
+        ("tmpfs", "/dev/shm"),
+        ("devpts", "/dev/pts"),
+        ("tmpfs", "/run"),
+    ):
         mount(kind, root + target, kind)
     mount("none", root + "/mnt/job", "hostfs", job)
     os.chroot(root)

@@ -13,7 +13,9 @@ def record(content_type, body):
     return bytes([content_type, 3, 3]) + len(body).to_bytes(2, "big") + body
 
 
-STREAM_12 = record(22, bytes(90)) + record(20, b"\1") + record(22, b"explicit" + bytes(32)) + record(23, b"nonce  2" + bytes(20))
+STREAM_12 = (
+    record(22, bytes(90)) + record(20, b"\1") + record(22, b"explicit" + bytes(32)) + record(23, b"nonce  2" + bytes(20))
+)
 
 
 def test_tls12_counts_every_record_behind_change_cipher_spec():
@@ -87,6 +89,9 @@ def test_protection_opens_what_it_sealed_and_nothing_else(version, cipher):
     sealer, opener = protection.Protection(info), protection.Protection(info)
     sealed = [sealer.seal(23, b"one"), sealer.seal(21, b"\1\0"), sealer.seal(23, b"x" * 16_384)]
     assert [opener.open(r) for r in protection.split(b"".join(sealed))] == [(23, b"one"), (21, b"\1\0"), (23, b"x" * 16_384)]
-    assert all(len(r) == len(p) + records.overhead(version, cipher) for r, p in zip(sealed, (b"one", b"\1\0", b"x" * 16_384), strict=True))
+    assert all(
+        len(r) == len(p) + records.overhead(version, cipher)
+        for r, p in zip(sealed, (b"one", b"\1\0", b"x" * 16_384), strict=True)
+    )
     with pytest.raises(RecordError):
         protection.Protection(info).open(sealed[1])  # not the first

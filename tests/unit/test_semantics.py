@@ -69,7 +69,15 @@ def test_preconditions_in_their_order(conditions, expected):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(None, True), (b'"abc"', True), (b'"x"', False), (b'W/"abc"', False), (DATE, True), (http_date(NOW + 1), False), (b"junk", False)],
+    [
+        (None, True),
+        (b'"abc"', True),
+        (b'"x"', False),
+        (b'W/"abc"', False),
+        (DATE, True),
+        (http_date(NOW + 1), False),
+        (b"junk", False),
+    ],
 )
 def test_if_range(value, expected):
     assert range_applies(value, V, NOW + 60) == expected
