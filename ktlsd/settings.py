@@ -103,7 +103,10 @@ def load_file(path: str) -> Settings:
 
 
 def read_file(path: str) -> Settings:
-    """Read a configuration file, names and types checked only: what the command line replaces may be wrong. Raises SettingsError with file, key and reason; relative paths count from the file."""
+    """Read a configuration file, names and types checked only: what the command line replaces may be wrong.
+
+    Raises SettingsError with file, key and reason; relative paths count from the file.
+    """
     try:
         text = Path(path).read_bytes()
     except OSError as exc:

@@ -201,15 +201,19 @@ class Connection:
             self.deadline = now + limits.idle_timeout
 
     def _check_key_updates(self, now: float) -> None:
-        began, base = self._key_update_window
+        """A token bucket: `_KEY_UPDATES_PER_SECOND` may come at once, and as many again with every second."""
         seen = self._channel.session.key_updates
-        if seen - base > _RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
-_KEY_UPDATES_PER_SECOND and now - began < 1.0:
-            error = UnexpectedMessage(f"{seen - base} KeyUpdates within a second")
+        if seen == self._key_updates_seen:
+            return
+        last, tokens = self._key_update_tokens
+        tokens = min(tokens + (now - last) * _KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
+        tokens -= seen - self._key_updates_seen
+        self._key_updates_seen = seen
+        self._key_update_tokens = (now, tokens)
+        if tokens < 0:
+            error = UnexpectedMessage(f"more than {_KEY_UPDATES_PER_SECOND} KeyUpdates a second")
             self._channel.say_goodbye(error)
             raise error
-        if now - began >= 1.0:
-            self._key_update_window = (now, seen)
 
     # --- deadlines -------------------------------------------------------------------------------------------------
 

@@ -80,9 +80,7 @@ def prepare_kernel(settings: Settings, kernel: Kernel, context: ssl.SSLContext) 
         keylog.attach(context)
     except OSError as exc:
         if ktls.mode == "require":
-            raise StartError(
-                f"--ktls require: no key log ({exc.strerror}): mount /proc, raise fs.pipe-user-pages-soft"
-            ) from exc
+            raise StartError(f"--ktls require: no key log ({exc.strerror}): /proc, fs.pipe-user-pages-soft") from exc
         return HandoverPolicy(facts, off=f"no key log: {exc.strerror}"), None
     return HandoverPolicy(facts, ktls.handover_bytes, ktls.rekey_bytes), keylog
 

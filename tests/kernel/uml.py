@@ -35,7 +35,7 @@ def run(
     on_line: Callable[[str], None] = lambda line: None,
     out: Path | None = None,
 ) -> int:
-    """Run `command` in the present folder under `kernel`; return its exit status, 124 if it did not finish in `timeout` seconds.
+    """Run `command` in the present folder under `kernel`; return its exit status, 124 after `timeout` seconds.
 
     `on_line` gets each line it prints. What it left in $KTLSD_UML_OUT is copied to `out`.
     """

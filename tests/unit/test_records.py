@@ -69,7 +69,13 @@ def test_a_hello_over_many_records_does_not_grow_without_bound():
 
 def test_key_log_lines():
     random, secret = "ab" * 32, "cd" * 48
-    lines = f"# comment\nSERVER_HANDSHAKE_TRAFFIC_SECRET {random} {secret}\nSERVER_TRAFFIC_SECRET_0 {random} {secret}\nCLIENT_TRAFFIC_SECRET_N {random} {secret}\nSERVER_TRAFFIC_SECRET_3 {random} {secret}\nCLIENT_RANDOM {random} zz\n"
+    labels = (
+        "SERVER_HANDSHAKE_TRAFFIC_SECRET",
+        "SERVER_TRAFFIC_SECRET_0",
+        "CLIENT_TRAFFIC_SECRET_N",
+        "SERVER_TRAFFIC_SECRET_3",
+    )
+    lines = "# comment\n" + "".join(f"{label} {random} {secret}\n" for label in labels) + f"CLIENT_RANDOM {random} zz\n"
     found = list(keylog.parse(lines.encode()))
     assert [line.label for line in found] == [keylog.SERVER_TRAFFIC, keylog.CLIENT_UPDATED, keylog.SERVER_UPDATED]
     assert found[0].secret == bytes.fromhex(secret)
