@@ -252,6 +252,10 @@ class Channel:
                 self._renew_keys()
         return sent
 
+    def try_flush(self) -> bool:
+        """Send on what was accepted and is still held here; whether nothing is. The kernel sends on by itself."""
+        return isinstance(self._tx, KernelTx) or self._tx.flush()
+
     def _hand_over(self) -> None:
         """Give the kernel the keys; if it refuses, stay in userspace for good and remember why."""
         taken = self._kernel.taken_by_tcp(self._sock)

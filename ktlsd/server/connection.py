@@ -136,6 +136,7 @@ class Connection:
         """Output, then input, until neither moves; True if the turn's budget ended it."""
         http, channel = self._http, self._channel
         spent = received = 0
+        channel.try_flush()  # the end of a response may still be held there when HTTP has nothing more to send
         while True:
             while segments := http.next_output(_BUDGET):
                 sent = channel.try_send(segments, body_bytes=http.body_bytes)
@@ -223,7 +224,7 @@ class Connection:
             raise Overdue("no handshake in time")
         if self._stage is _Stage.CLOSING:
             return
-        if self._http.busy:
+        if self._http.busy or not self._channel.try_flush():
             left = self._channel.unacknowledged()
             if left != self._unacknowledged:  # slow, but it does take what TCP holds: writable comes in large steps only
                 self._unacknowledged = left
