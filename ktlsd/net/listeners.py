@@ -24,7 +24,7 @@ _CLIENT_GONE: Final = frozenset(
 _BACKLOG: Final = 4096  # the kernel cuts it to net.core.somaxconn
 _PRIVILEGED_HINT: Final = (
     "ports below net.ipv4.ip_unprivileged_port_start (1024 by default) need CAP_NET_BIND_SERVICE: "
-    "use another port, or let systemd bind it (systemd/ktlsd.socket)"
+    "use another port, or give the program that capability"
 )
 
 

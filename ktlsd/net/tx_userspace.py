@@ -1,7 +1,7 @@
 """Sending in userspace mode: segments through OpenSSL into the socket, in large steps.
 
-One step gathers up to 256 KiB of plaintext, encrypts it record by record and gives all records to one sendmsg. Measured
-(docs/performance.md): as fast as SSLSocket.sendall over a mapping, and an idle connection keeps nothing of it.
+One step gathers up to 256 KiB of plaintext, encrypts it record by record and gives all records to one sendmsg. Measured: as
+fast as SSLSocket.sendall over a mapping, and an idle connection keeps nothing of it.
 """
 
 import os
