@@ -182,12 +182,13 @@ class Channel:
         for _ in range(_RECEIVES):
             if session.peer_closed:
                 return b""
-            ciphertext = self._receive()
-            if ciphertext is None and not self._behind_finished:
+            # What came behind the client's Finished waits inside since the handshake; it is older than TCP's end.
+            ciphertext = b"" if self._behind_finished else self._receive()
+            if ciphertext is None:
                 return None
-            if ciphertext == b"":
+            if not ciphertext and not self._behind_finished:
                 raise PeerTruncated("TCP ended without close_notify")
-            plain = self._decrypt(ciphertext or b"")
+            plain = self._decrypt(ciphertext)
             if plain:
                 return plain
         return None  # `has_input` tells that this was not the socket's end
