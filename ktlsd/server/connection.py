@@ -154,6 +154,8 @@ class Connection:
                 self._close_until = now + self._services.limits.linger_timeout
                 return False
             if not self._take_input(now):
+                if channel.expiring and not http.busy and not http.closing and not http.head_begun:
+                    continue  # a KeyUpdate came that can't be answered, and nothing is owed: end it now
                 return channel.has_input and http.wants_input
             received += 1
             if received >= _RECEIVES:

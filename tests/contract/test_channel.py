@@ -184,7 +184,8 @@ def test_every_version_and_cipher(mode, version, cipher, file):
 def test_random_segments_arrive_whole(mode, file):
     rng = random.Random(11)
     for _ in range(4 if mode == "kernel" else 15):
-        pair = make(mode, send_buffer=rng.choice([None, 4096, 65_536]))
+        small = 65_536 if mode == "kernel" and not probe(LinuxKernel()).rekey else 4096  # 6.1 stalls with 4096: see the notes
+        pair = make(mode, send_buffer=rng.choice([None, small, 65_536]))
         digest, total = hashlib.sha256(), 0
         for _ in range(rng.randint(1, 4)):
             segments = []
