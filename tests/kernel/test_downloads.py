@@ -148,11 +148,14 @@ def test_a_key_update_in_the_middle_of_a_download(served, key):
     goes_on = key == "k" or probe(LinuxKernel()).rekey
     command = ["openssl", "s_client", "-tls1_3", "-connect", f"127.0.0.1:{served.port}", "-servername", "localhost"]
     request = b"GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        output = _Output(process.stdout.fileno())
+    complaints = (served.folder / "s_client.stderr").open("w+b")
+    with complaints, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints) as process:
+        output = _Output(process.stdout.fileno(), lambda: Path(complaints.name).read_text() + served.stderr.read_text())
         _say(process, request)
         output.read_until(lambda: b"\r\n\r\n" in output.seen)
         _say(process, key.encode() + b"\n")  # while most of the body is still to come
+        # s_client looks at its stdin only while its stdout is full, and takes a line for a command only if it came alone.
+        client.wait_until(lambda: "KEYUPDATE" in Path(complaints.name).read_text())
         assert output.body() == served.sha256
         if goes_on:
             _say(process, request)
@@ -173,14 +176,15 @@ def _say(process, line):
 class _Output:
     """What s_client prints: its own words about the session first, then the responses."""
 
-    def __init__(self, fd):
+    def __init__(self, fd, complaints):
         self._fd = fd
+        self._complaints = complaints
         self.seen = bytearray()
 
     def read_until(self, condition):
         while not condition():
             data = os.read(self._fd, 1 << 16)
-            assert data, f"s_client ended after {len(self.seen)} bytes"
+            assert data, f"s_client ended after {len(self.seen)} bytes: {self.seen[-300:]} {self._complaints()}"
             self.seen += data
 
     def _start(self):
