@@ -15,7 +15,6 @@ class OpenFile:
     fd: int
     size: int
     mtime_ns: int
-    inode: int = 0
     holders: int = 1
     close_fd: Callable[[int], None] = os.close
 

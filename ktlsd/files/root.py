@@ -62,7 +62,7 @@ class DocumentRoot:
             raise _refusal(exc) from exc
         facts = os.fstat(fd)
         if stat.S_ISREG(facts.st_mode):
-            return OpenFile(fd, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+            return OpenFile(fd, facts.st_size, facts.st_mtime_ns)
         os.close(fd)
         if stat.S_ISDIR(facts.st_mode):
             return None
@@ -89,7 +89,7 @@ class DocumentRoot:
             try:
                 return _call_openat2(self._fd, path, resolve)
             except OSError as exc:
-                if exc.errno != errno.EAGAIN:
+                if exc.errno not in (errno.EAGAIN, errno.EINTR):
                     raise
         raise OSError(errno.EAGAIN, "renames kept racing with openat2")
 

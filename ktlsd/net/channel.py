@@ -137,7 +137,7 @@ class Channel:
             try:
                 tx.queue(self.session.handshake(ciphertext))
             except PeerError as exc:
-                tx.say_goodbye(exc)
+                self.say_goodbye(exc)
                 raise
             finally:
                 self._learn()
@@ -218,8 +218,9 @@ class Channel:
         elif refusal := session.take_output():
             if isinstance(self._tx, UserspaceTx):
                 self._tx.queue(refusal)
-                self._tx.flush()
-            raise UnexpectedMessage("the client wants to renegotiate")
+            error = UnexpectedMessage("the client wants to renegotiate")
+            self.say_goodbye(error)
+            raise error
         return plain
 
     def _answer_key_update(self) -> None:
@@ -312,18 +313,25 @@ class Channel:
         return self._kernel.unacknowledged(self._sock)
 
     def say_goodbye(self, error: PeerError) -> None:
-        """Tell the peer what is wrong, if that can be done at once and in order; it gets no second try."""
+        """Tell the peer what is wrong, if that can be done in order; then only `try_close` is left to do."""
         if self._closing is _Closing.NO and not isinstance(error, PeerAlert):
             try:
-                self._tx.say_goodbye(error)
+                if self._tx.say_goodbye(error):
+                    self._closing = _Closing.NOTIFIED
             except PeerError:
                 pass  # gone already: nobody to tell
+
+    @property
+    def told(self) -> bool:
+        """Whether the peer has been told that this is the end: a `drop` now might destroy that, `try_close` does not."""
+        return self._closing is not _Closing.NO
 
     def send_plain(self, data: bytes) -> None:
         """Send bytes in the clear to a client that never spoke TLS; what doesn't go at once is dropped."""
         assert self.mode is Mode.HANDSHAKE
         try:
-            self._kernel.send(self._sock, [data], more=False)
+            if self._kernel.send(self._sock, [data], more=False):
+                self._closing = _Closing.NOTIFIED
         except PeerError:
             pass  # gone already: nobody to tell
 

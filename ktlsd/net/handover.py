@@ -50,7 +50,12 @@ class KernelFacts:
     @property
     def takes_aes(self) -> bool:
         """Whether every AES-GCM combination works: what `--ktls require` asks for."""
-        return all(not self.refusals.get((v, c), "?") for v in VERSIONS for c in CIPHERS[:2])
+        return not self.why_not_aes
+
+    @property
+    def why_not_aes(self) -> str:
+        """The first reason against an AES-GCM combination, "" if every one works."""
+        return next((reason for v in VERSIONS for c in CIPHERS[:2] if (reason := self.refusal(v, c))), "")
 
 
 def combination_name(combination: Combination) -> str:

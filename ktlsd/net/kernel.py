@@ -18,9 +18,11 @@ from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerTruncated
 
 Buffer = bytes | bytearray | memoryview
+IOV_MAX: Final = 1024  # buffers one send takes; more are EMSGSIZE
 
-# What a send may say when the peer or the way to it is gone; everything else from a send is a bug of ours.
-_PEER_GONE: Final = frozenset(
+# What a send may say when this connection is lost: the peer or the way to it is gone, the kernel has no memory, or its TLS
+# could not encrypt (EBADMSG, EIO). Everything else from a send is a bug of ours.
+_LOST: Final = frozenset(
     (
         errno.EPIPE,
         errno.ECONNRESET,
@@ -31,8 +33,13 @@ _PEER_GONE: Final = frozenset(
         errno.ENETUNREACH,
         errno.ENETDOWN,
         errno.EHOSTDOWN,
+        errno.ENOMEM,
+        errno.ENOBUFS,
+        errno.EBADMSG,
+        errno.EIO,
     )
 )
+_GONE_BEFORE_THE_FILE: Final = _LOST - {errno.EIO}  # which sendfile says of a disk
 _RECORD_TYPE: Final = uapi.SOL_TLS, uapi.TLS_SET_RECORD_TYPE
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _BYTES_ACKED_AT: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked), u64, since 4.1
@@ -59,6 +66,9 @@ class Kernel(Protocol):
 
     def send_control(self, sock: socket.socket, content_type: int, payload: bytes) -> bool | None:
         """Send one whole control record; True once accepted. No record may be open. Raises PeerTruncated."""
+
+    def push(self, sock: socket.socket) -> None:
+        """Have TCP send what it holds back in the hope of more."""
 
     def sendfile(self, sock: socket.socket, fd: int, offset: int, count: int) -> int | None:
         """Return how many bytes of the file were accepted, 0 at its end. Raises PeerTruncated, FileTruncated."""
@@ -126,13 +136,16 @@ class LinuxKernel:
             raise _peer_error(exc) from exc
         return True
 
+    def push(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # tcp(7): forces an explicit flush of pending output
+
     def sendfile(self, sock: socket.socket, fd: int, offset: int, count: int) -> int | None:
         try:
             return os.sendfile(sock.fileno(), fd, offset, count)
         except BlockingIOError:
             return None
         except OSError as exc:
-            if exc.errno in _PEER_GONE:
+            if exc.errno in _GONE_BEFORE_THE_FILE:
                 raise _peer_error(exc) from exc
             raise FileTruncated(f"sendfile at {offset}: {exc.strerror}") from exc
 
@@ -169,6 +182,6 @@ def _bytes_acked(sock: socket.socket) -> int:
 
 def _peer_error(exc: OSError) -> Exception:
     """Translate a socket's errno: the peer's doing becomes PeerTruncated, anything else stays what it is, a bug of ours."""
-    if exc.errno in _PEER_GONE:
+    if exc.errno in _LOST:
         return PeerTruncated(f"connection lost: {exc.strerror}")
     return exc

@@ -128,3 +128,15 @@ class Poller:
     def close(self) -> None:
         """Let go of epoll itself."""
         self._epoll.close()
+
+
+class Room:
+    """Asks whether a descriptor that is not ours to make non-blocking (a pipe, a terminal) takes a write without waiting."""
+
+    def __init__(self, fd: int) -> None:
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    def there_is(self) -> bool:
+        """Whether a write of PIPE_BUF (4,096) bytes would go at once, or fail at once."""
+        return bool(self._poll.poll(0))

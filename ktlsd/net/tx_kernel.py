@@ -10,7 +10,7 @@ from typing import Final
 
 from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerError, PeerTruncated
-from ktlsd.net.kernel import Buffer, Kernel
+from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.slices import FileSlice, Segment
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
@@ -19,6 +19,7 @@ from ktlsd.tls.session import Session
 _SENDFILE_MAX: Final = 128 * records.MAX_PLAINTEXT
 # Rekey in the middle of a body: a short sendfile that is taken whole closes the record, so that a KeyUpdate may follow.
 _CLOSING_PIECE: Final = 4_096
+_SEGMENT_MAX: Final = 65_536  # bytes; the largest a TCP segment can be
 
 
 class KernelTx:
@@ -69,7 +70,7 @@ class KernelTx:
                 run = _bytes_run(segments, at)
                 at += len(run)
                 offered = sum(map(len, run))
-                sent = self._send_bytes(run, offered, more=at < len(segments)) if offered else 0
+                sent = self._send_bytes(run, offered, more=any(map(len, segments[at:]))) if offered else 0
             if sent is not None:
                 accepted += sent
             if sent is None or sent < offered:
@@ -83,6 +84,8 @@ class KernelTx:
         sent = self._kernel.send(self._sock, run, more=more)
         if sent:
             self._record_open = more or sent < offered
+        elif sent is None:
+            self._unstick()
         return sent
 
     def _send_slice(self, segment: FileSlice, before: int) -> int | None:
@@ -94,9 +97,20 @@ class KernelTx:
         sent = self._kernel.sendfile(self._sock, segment.file.fd, segment.offset, count)
         if sent == 0:
             raise FileTruncated(f"the file ends at {segment.offset}, {segment.length} bytes short")
-        if sent is not None:
+        if sent is None:
+            self._unstick()
+        else:
             self._record_open = sent < count  # a sendfile taken whole has closed its record
         return sent
+
+    def _unstick(self) -> None:
+        """It would block: make sure that something is on its way whose arrival makes room again.
+
+        The kernel pushes records with MSG_MORE, and TCP holds back what fills no segment (64 KiB on loopback). If that is
+        all a small send buffer takes, nothing ever moves: seen on 6.1 with SO_SNDBUF 4096.
+        """
+        if 0 < self._kernel.unacknowledged(self._sock) < _SEGMENT_MAX:
+            self._kernel.push(self._sock)
 
     def renew_keys(self) -> None:
         """Go to the next generation of keys before the next application data.
@@ -142,16 +156,20 @@ class KernelTx:
         wire = self._payload + (self._records_before + number) * self._overhead
         return self._kernel.taken_by_tcp(self._sock) - self._taken_before >= wire
 
-    def say_goodbye(self, error: PeerError) -> None:
-        """Send a fatal alert about `error`, if no record is open and it goes at once; OpenSSL's own has a stale number."""
-        if error.alert is not None and not self._record_open:
-            self._kernel.send_control(self._sock, records.ALERT, records.fatal_alert(error.alert))
+    def say_goodbye(self, error: PeerError) -> bool:
+        """Send a fatal alert about `error`, if no record is open; whether it was accepted. OpenSSL's own has a stale number."""
+        if error.alert is None or self._record_open:
+            return False
+        alert = records.fatal_alert(error.alert)
+        told = bool(self._kernel.send_control(self._sock, records.ALERT, alert))
+        self._payload += len(alert) if told else 0
+        return told
 
 
 def _bytes_run(segments: Sequence[Segment], at: int) -> list[Buffer]:
-    """Return the buffers from `at` up to the next file slice."""
+    """Return the buffers from `at` up to the next file slice, no more than one call takes."""
     run: list[Buffer] = []
-    for segment in segments[at:]:
+    for segment in segments[at : at + IOV_MAX]:
         if isinstance(segment, FileSlice):
             break
         run.append(segment)

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from ktlsd.errors import FileTruncated, PeerError
-from ktlsd.net.kernel import Buffer, Kernel
+from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.slices import FileSlice, Segment
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
 
 # Plaintext encrypted ahead of the socket: much for the calls it saves, little for a peer that reads slowly.
-_IOV_MAX: Final = 1024  # buffers one sendmsg takes (EMSGSIZE)
 _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
 _BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
 
@@ -62,7 +61,7 @@ class UserspaceTx:
         """Send ciphertext that is left over; whether none is."""
         unsent = self._unsent
         while unsent:
-            sent = self._kernel.send(self._sock, unsent[:_IOV_MAX], more=False)
+            sent = self._kernel.send(self._sock, unsent[:IOV_MAX], more=False)
             if sent is None:
                 return False
             done = 0
@@ -83,12 +82,13 @@ class UserspaceTx:
 
     def all_taken(self) -> bool:
         """Whether TCP has everything: here nothing is held back but what `flush` sends."""
-        return not self._unsent
+        return self.flush()
 
-    def say_goodbye(self, error: PeerError) -> None:
-        """Send the alert OpenSSL wrote about `error`, if it goes at once."""
+    def say_goodbye(self, error: PeerError) -> bool:
+        """Send the alert OpenSSL wrote about `error` behind everything else; whether it wrote one."""
         self.queue(error.farewell)
         self.flush()
+        return bool(error.farewell)
 
 
 def _gather(segments: Sequence[Segment], view: memoryview) -> bytes | memoryview:

@@ -26,7 +26,7 @@ class BodyDrain:
     def for_request(cls, values: dict[bytes, list[bytes]], *, http10: bool) -> "BodyDrain | None":
         """Return the drain for a request with these fields, None if it has no body (RFC 9112 §6.3).
 
-        Raises RequestError: 400 where the length is in doubt, 413 where it is too long, 501 for other transfer codings.
+        Raises RequestError: 400 where the length is in doubt (other transfer codings included), 413 where it is too long.
         """
         lengths = values.get(b"content-length", [])
         codings = values.get(b"transfer-encoding", [])

@@ -19,6 +19,7 @@ MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
 MAX_FIELDS: Final = 100
 MAX_PIPELINED: Final = 4  # requests understood and not yet answered; more wait in the buffer
 MAX_BUFFERED: Final = MAX_HEAD + 4  # bytes; above it no more input is wanted
+MAX_DISCARDED: Final = 262_144  # bytes taken behind the last request and thrown away
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -55,7 +56,9 @@ class Http1Connection:
         self._next_id = 1
         self._left = max_requests
         self._line = b""  # the last request line, for the log
-        self._refused = False  # nothing is read any more
+        self._refused = False  # what comes now is thrown away
+        self._discarded = 0  # bytes of it
+        self._input_ended = False
         self._draining = False
         self.closing = False  # the last response is out: close
 
@@ -73,8 +76,13 @@ class Http1Connection:
 
     @property
     def wants_input(self) -> bool:
-        """Whether there is room for more input; without it the peer has to wait (TCP's window fills)."""
-        return not self._refused and len(self._buffer) < MAX_BUFFERED and len(self._exchanges) < MAX_PIPELINED
+        """Whether more input may be handed in; without it the peer has to wait (TCP's window fills).
+
+        Behind the last request it is thrown away, but taken while its answer goes out: alerts and KeyUpdates come with it.
+        """
+        if self._refused:
+            return self._discarded < MAX_DISCARDED and not self._input_ended
+        return len(self._buffer) < MAX_BUFFERED and len(self._exchanges) < MAX_PIPELINED
 
     @property
     def body_bytes(self) -> int:
@@ -87,7 +95,8 @@ class Http1Connection:
     def receive(self, data: bytes) -> list[Request | Refused]:
         """Take input, return the requests that are whole. Call with b"" after responses went out: more may be waiting."""
         if self._refused:
-            return []  # thrown away: the connection ends with the response that says why
+            self._discarded += len(data)  # the connection ends with the response that is on its way
+            return []
         self._buffer += data
         found: list[Request | Refused] = []
         while len(self._exchanges) < MAX_PIPELINED and not self._refused:
@@ -110,7 +119,7 @@ class Http1Connection:
 
     def end_of_input(self) -> None:
         """The peer sends no more: answer what is whole, then close."""
-        self._refused = True
+        self._refused = self._input_ended = True
         self._buffer.clear()
         self._close_when_done()
 
@@ -205,7 +214,7 @@ class Http1Connection:
         self._refused = True
         self._body = None
         self._buffer.clear()
-        exchange = _Exchange(self._take_id(), keep_alive=False, head_only=False, http10=False)
+        exchange = _Exchange(self._take_id(), keep_alive=False, head_only=line.startswith(b"HEAD "), http10=False)
         self._exchanges.append(exchange)
         return Refused(error, exchange.stream_id, line)
 
@@ -346,6 +355,10 @@ def _target_and_host(method: bytes, target: bytes, values: dict[bytes, list[byte
         raise RequestError(400, "The Host field is not a host.")
     if target.startswith(b"/"):
         return target, host
+    if method == b"CONNECT":  # authority-form, RFC 9112 §3.2.3
+        if not _HOST.fullmatch(target):
+            raise RequestError(400, "The target of CONNECT is not HOST:PORT.")
+        return target, target
     if target == b"*":
         if method != b"OPTIONS":
             raise RequestError(400, "The target * is for OPTIONS only.")

@@ -121,7 +121,7 @@ class Connection:
                 if self._stage is _Stage.CLOSING and self._channel.has_input:
                     return Turn.AGAIN, None
         except (PeerError, FileTruncated) as error:
-            return Turn.CLOSED, self._fail(error)
+            return self._fail(error, now)
         return (Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.WAIT), None
 
     def _established(self, now: float) -> None:
@@ -150,8 +150,7 @@ class Connection:
             if channel.expiring and not http.busy:
                 http.drain()
             if http.closing:
-                self._stage = _Stage.CLOSING
-                self._close_until = now + self._services.limits.linger_timeout
+                self._begin_closing(now)
                 return False
             if not self._take_input(now):
                 if channel.expiring and not http.busy and not http.closing and not http.head_begun:
@@ -240,6 +239,10 @@ class Connection:
             self._http.end_of_input()
             self._services.metrics.count("closed_idle")
 
+    def _begin_closing(self, now: float) -> None:
+        self._stage = _Stage.CLOSING
+        self._close_until = now + self._services.limits.linger_timeout
+
     def _pump_closing(self, now: float) -> None:
         """Close without losing the tail: as long as the client's TCP makes progress it gets its time."""
         if self._channel.try_close():
@@ -274,29 +277,44 @@ class Connection:
         self._stage = _Stage.CLOSED
         self.deadline = float("inf")
 
-    def _fail(self, error: PeerError | FileTruncated) -> str | None:
+    def _fail(self, error: PeerError | FileTruncated, now: float) -> tuple[Turn, str | None]:
         """End the connection because of `error`; return a line for the log, None if nothing was lost."""
+        stage = self._stage
         if isinstance(error, PlainHttp):
             self._channel.send_plain(_PLAIN_ANSWER)
+        unfinished = self._abandon()
+        if self._channel.told and stage is not _Stage.CLOSING:
+            self._begin_closing(now)  # dropped with input unread, TCP would reset and destroy what was told
+            try:
+                self._pump_closing(now)
+            except PeerError:
+                self._finish()
+        else:
+            if unfinished or (isinstance(error, Overdue) and stage is _Stage.CLOSING):
+                self._channel.abort()
+            self._finish()
+        turn = Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.AGAIN if self._channel.has_input else Turn.WAIT
         metrics = self._services.metrics
+        if not unfinished and isinstance(error, PeerTruncated) and stage is not _Stage.HANDSHAKE:
+            metrics.count("closed_by_client")
+            return turn, None  # between requests many clients just leave
+        metrics.count(f"ended:{type(error).__name__}")
+        host, port = self._client
+        return turn, f"{host} port {port}: {error}"
+
+    def _abandon(self) -> bool:
+        """Give up the responses that are not complete, log them as such; whether there were any."""
         left = self._http.abandon()
         for stream_id, status, body_bytes in left:
             self._log(stream_id, status, body_bytes, complete=False)
-        in_handshake = self._stage is _Stage.HANDSHAKE
-        told = isinstance(error, PeerError) and error.alert is not None  # RST would destroy the alert
-        if (left and not told) or (isinstance(error, Overdue) and self._stage is _Stage.CLOSING):
-            self._channel.abort()
-        self._finish()
-        if not left and isinstance(error, PeerTruncated) and not in_handshake:
-            metrics.count("closed_by_client")
-            return None  # between requests many clients just leave
-        metrics.count(f"ended:{type(error).__name__}")
-        host, port = self._client
-        return f"{host} port {port}: {error}"
+        return bool(left)
 
     def shut(self) -> None:
-        """End at once, at the end of the drain time."""
-        self._fail(Overdue("the server stops"))
+        """End at once, at the end of the drain time or because of a bug: with RST if a response is unfinished."""
+        self._services.metrics.count("ended:shut")
+        if self._abandon() or self._stage is _Stage.CLOSING:
+            self._channel.abort()
+        self._finish()
 
     def _completed(self, completed: list[Completed]) -> None:
         for done in completed:

@@ -57,7 +57,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
     services = Services(Responder(root), access_log, Metrics(), settings.limits)
     worker = Worker([listener for _, group in bound for listener in group], context, kernel, policy, services, keylog=keylog)
     worker.waker.hook(_SIGNALS)
-    for line in (*_told(settings, bound, policy, trust), *_told_limits(settings)):
+    for line in (*_told(settings, bound, policy, trust), *_told_gate(root), *_told_limits(settings)):
         announce(line)
     worker.run()
     root.close()
@@ -71,7 +71,7 @@ def prepare_kernel(settings: Settings, kernel: Kernel, context: ssl.SSLContext) 
     facts = handover.self_test(kernel, handover.probe(kernel))
     reason = "" if facts.takes_any else next(iter(facts.refusals.values()))
     if ktls.mode == "require" and not facts.takes_aes:
-        refused = next(reason for reason in facts.refusals.values() if reason)
+        refused = facts.why_not_aes
         raise StartError(f"--ktls require: the kernel doesn't encrypt ({refused}). {handover.remedy(refused)}")
     if reason:
         return HandoverPolicy(facts, off=reason), None
@@ -113,6 +113,12 @@ def _told_encryption(policy: HandoverPolicy) -> list[str]:
     if not policy.facts.rekey:
         lines.append("               no rekey before kernel 6.14: a client's KeyUpdate ends its connection after the response")
     return lines
+
+
+def _told_gate(root: DocumentRoot) -> list[str]:
+    if root.gate == "openat2":
+        return []
+    return ["  files        opened name by name: this kernel has no openat2, or a filter (seccomp) forbids it; slower, as safe"]
 
 
 def _told_limits(settings: Settings) -> list[str]:

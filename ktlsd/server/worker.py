@@ -39,12 +39,6 @@ class Waker:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
 
-    def unhook(self, signals: Sequence[signal.Signals]) -> None:
-        """Give them back to the system."""
-        signal.set_wakeup_fd(-1)
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-
     def fileno(self) -> int:
         """The end the interpreter does not write to."""
         return self._read.fileno()
@@ -225,6 +219,8 @@ class Worker:
 
     def _close(self) -> None:
         self._services.access_log.close()
+        if self._services.access_log.lost:
+            self._services.metrics.count("log_lines_lost", self._services.access_log.lost)
         self._poller.close()
         self.waker.close()
         _log.info("served: %s", self._services.metrics.summary())

@@ -21,8 +21,6 @@ AEAD_TAG: Final = 16
 CLOSE_NOTIFY: Final = 0
 UNEXPECTED_MESSAGE: Final = 10
 BAD_RECORD_MAC: Final = 20
-HANDSHAKE_FAILURE: Final = 40
-INTERNAL_ERROR: Final = 80
 
 CLOSE_NOTIFY_ALERT: Final = bytes([1, CLOSE_NOTIFY])  # level warning
 KEY_UPDATE_NOT_REQUESTED: Final = bytes([24, 0, 0, 1, 0])  # handshake message KeyUpdate, RFC 8446 §4.6.3

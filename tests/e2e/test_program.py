@@ -178,6 +178,25 @@ def test_a_privileged_port_says_what_to_do(monkeypatch, number):
         listeners.bind("127.0.0.1", 443)
 
 
+def test_the_command_line_wins_over_a_file_that_would_not_do(folder):
+    """What a flag replaces may be wrong in the file; `check` still says so."""
+    (folder / "old.toml").write_text('root = "gone"\nlisten = ["nonsense"]\n[tls]\ncert = "gone.pem"\nkey = "gone.key"\n')
+    args = ["root", "--config", "old.toml", "--cert", "cert.pem", "--key", "key.pem", "--ktls", "off"]
+    with program(*args, cwd=folder) as server:
+        assert Client(server.port).get("/big").body == CONTENT
+        assert server.stop() == 0
+    done = ktlsd("check", "old.toml", cwd=folder)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_the_root_named_in_a_file_counts_from_the_file(folder):
+    (folder / "conf").mkdir()
+    (folder / "conf/k.toml").write_text('root = "../root"\n[tls]\ncert = "../cert.pem"\nkey = "../key.pem"\n')
+    with program("--config", "conf/k.toml", "--ktls", "off", cwd=folder) as server:
+        assert Client(server.port).get("/big").body == CONTENT
+        assert server.stop() == 0
+
+
 def test_check(folder):
     (folder / "good.toml").write_text('root = "root"\n[tls]\ncert = "cert.pem"\nkey = "key.pem"\n')
     good = ktlsd("check", "good.toml", cwd=folder)

@@ -121,6 +121,7 @@ def test_index_redirect_and_hidden(client):
         (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 40_000 + b"\r\n\r\n", 431),
         (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc", 405),
+        (b"CONNECT x:443 HTTP/1.1\r\nHost: x:443\r\nConnection: close\r\n\r\n", 405),
         (b"BREW / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 501),
         (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
     ],
@@ -198,6 +199,54 @@ def test_the_log_proves_who_encrypted(server, client, kernel):
 
 
 # --- the rest does not depend on who encrypts --------------------------------------------------------------------------
+
+
+def test_empty_lines_do_not_put_off_the_idle_deadline(root):
+    with ThreadServer(root, None, limits=Limits(idle_timeout=0.4, header_timeout=0.4, linger_timeout=0.2)) as server:
+        peer = Client(server.port)
+        end = time.monotonic() + 5
+        with pytest.raises(OSError):
+            while True:
+                assert time.monotonic() < end, "it is kept open by empty lines"
+                peer.send(b"\r\n")
+                time.sleep(0.05)
+        peer.close()
+
+
+def test_one_flooding_client_does_not_have_the_worker_for_itself(root):
+    """Nothing of a flood is a request, and another client is served meanwhile."""
+    with ThreadServer(root, None) as server:
+        flood, other = Client(server.port), Client(server.port)
+        flood.send(b"GET /small.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        flood.tls.send(bytes(2 << 20))
+        out = flood.tls.take()
+        import threading
+
+        def pour():
+            try:
+                flood.sock.sendall(out)
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=pour)
+        thread.start()
+        assert other.get("/small.txt").body == b"small"
+        thread.join(20)
+        assert not thread.is_alive()
+        flood.close()
+        other.close()
+
+
+def test_a_response_of_very_many_segments_goes_out(root):
+    """More buffers than one sendmsg takes (EMSGSIZE)."""
+    from ktlsd.net.channel import HandoverPolicy
+    from tests.contract.test_channel import ALL_TAKEN, Pair
+
+    for policy in (HandoverPolicy(off="switched off"), HandoverPolicy(ALL_TAKEN, handover_bytes=0)):
+        pair = Pair(FakeKernel() if not policy.off else LinuxKernel(), policy)
+        pair.send_all([b"%05d" % n for n in range(3000)])
+        assert pair.read(15_000) == b"".join(b"%05d" % n for n in range(3000))
+        pair.done()
 
 
 def test_sessions_are_resumed(root):
@@ -323,65 +372,3 @@ def test_no_descriptor_is_left_behind(root):
             peer.close()
         wait_until(lambda: not server.worker._connections)
         assert len(os.listdir("/proc/self/fd")) <= before
-
-
-def test_a_storm_of_key_updates_is_ended(root):
-    from tlslite.api import HandshakeSettings, TLSConnection
-    from tlslite.constants import KeyUpdateMessageType
-    from tlslite.errors import TLSError
-
-    with ThreadServer(root, FakeKernel(), handover_bytes=0) as server:
-        sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-        peer = TLSConnection(sock)
-        settings = HandshakeSettings()
-        settings.minVersion = settings.maxVersion = (3, 4)
-        peer.handshakeClientCert(settings=settings)
-        peer.send(b"GET /small.txt HTTP/1.1\r\nHost: x\r\n\r\n")
-        with pytest.raises((TLSError, OSError)):
-            for _ in range(400):
-                for _ in peer.send_keyupdate_request(KeyUpdateMessageType.update_not_requested):
-                    pass
-            while peer.recv(1000):
-                pass
-        wait_until(lambda: not server.worker._connections)
-        assert server.metrics.counters["ended:UnexpectedMessage"] == 1
-        sock.close()
-
-
-@pytest.mark.parametrize("rekey", [True, False])
-def test_key_updates_between_requests(root, rekey):
-    from tlslite.api import HandshakeSettings, TLSConnection
-    from tlslite.constants import KeyUpdateMessageType
-
-    fake = FakeKernel(rekey=rekey)
-    with ThreadServer(root, fake, handover_bytes=100_000) as server:
-        probed, renewed = fake.installed, fake.rekeyed
-        sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-        peer = TLSConnection(sock)
-        settings = HandshakeSettings()
-        settings.minVersion = settings.maxVersion = (3, 4)
-        peer.handshakeClientCert(settings=settings)
-
-        def get(target, length):
-            peer.send(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % target)
-            out = b""
-            while b"\r\n\r\n" not in out or len(out.partition(b"\r\n\r\n")[2]) < length:
-                out += peer.recv(1 << 16)
-            return out.partition(b"\r\n\r\n")[2]
-
-        def update():
-            for _ in peer.send_keyupdate_request(KeyUpdateMessageType.update_requested):
-                pass
-
-        assert get(b"/small.txt", 5) == b"small"
-        update()  # while in userspace: OpenSSL answers, and the hand-over must know
-        assert get(b"/small.txt", 5) == b"small"
-        update()
-        assert get(b"/big", len(CONTENT)) == CONTENT
-        wait_until(lambda: fake.installed == probed + 1)
-        update()  # in kernel mode
-        if rekey:
-            assert get(b"/big", len(CONTENT)) == CONTENT
-            assert get(b"/small.txt", 5) == b"small"
-            assert fake.rekeyed == renewed + 1
-        sock.close()

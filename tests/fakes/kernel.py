@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerTruncated
-from ktlsd.net.kernel import Buffer, LinuxKernel
+from ktlsd.net.kernel import IOV_MAX, Buffer, LinuxKernel
 from ktlsd.tls import records
 from ktlsd.tls.protection import Protection
 
@@ -86,6 +86,7 @@ class FakeKernel(LinuxKernel):
             return super().send(sock, buffers, more=more)
         if not self._push(sock):
             return None
+        assert len(buffers) <= IOV_MAX, "EMSGSIZE"
         data = b"".join(buffers)
         accepted = self.appetite(len(data))
         if accepted == 0:

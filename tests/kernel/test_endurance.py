@@ -16,7 +16,6 @@ from ktlsd.net.handover import probe
 from ktlsd.net.kernel import LinuxKernel
 from ktlsd.settings import Limits
 from tests.client import CIPHERS, VERSIONS, Client
-from tests.conftest import kernel_has_tls
 from tests.contract.test_channel import CONTENT, Pair, _advance
 from tests.serving import ThreadServer, tls_stat
 
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.ktls
 TRANSFERS = int(os.environ.get("KTLSD_TEST_TRANSFERS", "600"))
 CLOSES = int(os.environ.get("KTLSD_TEST_CLOSES", "24"))
 _CLOSE_SIZE = 150_000
-_SMALL = 4096 if kernel_has_tls() and probe(LinuxKernel()).rekey else 65_536  # 6.1 stalls with 4096: kernel-notes.md
+_SMALL = 4096
 EVERY = [(v, c) for v in VERSIONS for c in CIPHERS]
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -49,3 +50,65 @@ def test_a_full_disk_loses_lines_and_nothing_else():
 def test_a_log_that_cannot_be_opened_is_told_at_start(tmp_path):
     with pytest.raises(StartError, match="access log"):
         AccessLog(str(tmp_path / "no/such/log"), "json")
+
+
+def test_a_pipe_that_nobody_reads_stops_nothing_and_loses_whole_lines_only(tmp_path, caplog):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    log = AccessLog(str(path), "json")
+    for number in range(8000):  # more than the pipe and what is kept for it
+        log.add(entry(status=number))
+        if number % 100 == 99:
+            log.flush()
+    assert log.lost > 0
+    assert caplog.text.count("lines are lost") == 1
+    data = b""
+    while True:
+        log.flush()
+        try:
+            data += os.read(reader, 1 << 20)
+        except BlockingIOError:
+            break
+    written = [json.loads(line)["status"] for line in data.splitlines()]
+    assert written == sorted(set(written))
+    assert len(written) + log.lost == 8000
+    log.close()
+    os.close(reader)
+
+
+def test_a_pipe_without_a_reader_is_told_at_the_start(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StartError, match="nobody reads"):
+        AccessLog(str(tmp_path / "pipe"), "json")
+
+
+def test_a_full_disk_loses_lines_and_the_next_one_is_whole(tmp_path, monkeypatch):
+    log = AccessLog(str(tmp_path / "log"), "json")
+    real = os.write
+
+    def full(fd, data):
+        if len(data) > 100:
+            return real(fd, data[:100])
+        raise OSError(28, "No space left on device")
+
+    log.add(entry())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda fd, data: full(fd, data) if len(data) != 1 else real(fd, data))
+        # Half a line goes out, then nothing.
+        log.add(entry())
+        while not log.lost:
+            log.flush()
+    log.add(entry(status=404))
+    log.close()
+    assert log.lost >= 1
+    assert json.loads((tmp_path / "log").read_bytes().splitlines()[-1])["status"] == 404
+
+
+def test_control_characters_of_any_kind_are_escaped(tmp_path):
+    log = AccessLog(str(tmp_path / "log"), "json")
+    log.add(entry(target="/\x9b31m\x7f"))
+    log.close()
+    data = (tmp_path / "log").read_bytes()
+    assert not {0x9B, 0x7F} & set(data)
+    assert json.loads(data)["target"] == "/\x9b31m\x7f"

@@ -90,7 +90,7 @@ BAD = {
     b"GET ftp://x/ HTTP/1.1\r\nHost: x\r\n\r\n": 400,
     b"GET http:///x HTTP/1.1\r\nHost: x\r\n\r\n": 400,
     b"GET http://u@x/ HTTP/1.1\r\nHost: x\r\n\r\n": 400,
-    b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n": 400,
+    b"CONNECT x:443/a HTTP/1.1\r\nHost: x\r\n\r\n": 400,
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": 505,
     b"GET / HTTP/3.0\r\nHost: x\r\n\r\n": 505,
     b"GET /" + b"a" * MAX_REQUEST_LINE + b" HTTP/1.1\r\nHost: x\r\n\r\n": 414,
@@ -214,7 +214,22 @@ def test_nothing_is_answered_behind_connection_close():
     connection = Http1Connection()
     requests = connection.receive(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" + HEAD + b"\r\n")
     assert [r.target for r in requests] == [b"/1"]
+    taken = 0
+    while connection.wants_input:  # thrown away, within bounds
+        assert connection.receive(HEAD + b"\r\n") == []
+        taken += 1
+    assert 0 < taken * len(HEAD) < 1 << 20
+    connection = Http1Connection()
+    connection.receive(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    connection.end_of_input()
     assert not connection.wants_input
+
+
+def test_a_bad_head_request_gets_no_body():
+    connection = Http1Connection()
+    (refused,) = connection.receive(b"HEAD / HTTP/1.1\r\nBad : field\r\n\r\n")
+    connection.respond(refused.stream_id, Response(400, [], [b"why"], 3))
+    assert b"".join(connection.next_output(1 << 20)).endswith(b"Content-Length: 3\r\nConnection: close\r\n\r\n")
 
 
 def test_the_last_allowed_request_closes():
