@@ -280,8 +280,10 @@ def test_plain_http_with_a_long_body_gets_its_answer(root):
 
 
 def test_a_client_that_never_closes_after_an_alert_is_dropped(root):
-    with ThreadServer(root, None, limits=Limits(linger_timeout=0.2)) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
-            sock.sendall(b"\x16\x03\x01\x00\x05nonsense")
-            wait_until(lambda: server.metrics.counters["ended:HandshakeFailed"] == 1)
-            wait_until(lambda: not server.worker._connections)
+    with (
+        ThreadServer(root, None, limits=Limits(linger_timeout=0.2)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock,
+    ):
+        sock.sendall(b"\x16\x03\x01\x00\x05nonsense")
+        wait_until(lambda: server.metrics.counters["ended:HandshakeFailed"] == 1)
+        wait_until(lambda: not server.worker._connections)
