@@ -16,6 +16,7 @@ help:
 	@echo "make serve [DIR=/path] [LISTEN=HOST:PORT]  serve a directory at https://localhost:8443"
 	@echo "make test                                  install what tests need and run all of them"
 	@echo "make lint                                  ruff and mypy"
+	@echo "make bench                                 CPU and system calls per GB; userspace mode against SSLSocket.sendall"
 
 serve: $(VENV)/.installed certs/localhost.pem $(if $(filter .sample,$(DIR)),.sample/SHA256SUMS)
 	@echo "To download:  curl --cacert $(CURDIR)/certs/ca.pem -O https://$(LISTEN)/$(if $(filter .sample,$(DIR)),big,FILE)"
@@ -29,8 +30,10 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench:
-	@echo "there is no benchmark yet: it comes with \`ktlsd bench\`" >&2; exit 1
+# What a GB costs here, and userspace mode against SSLSocket.sendall. `ktlsd bench` is to do more.
+bench: $(VENV)/.installed-test tools
+	$(BIN)/python tests/measure.py cost
+	$(BIN)/python tests/measure.py sendall
 
 clean:
 	rm -rf $(VENV) .sample .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
