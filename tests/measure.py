@@ -86,13 +86,26 @@ def served(size: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         folder = Path(name)
         (folder / "root").mkdir()
-        (folder / "root/big").write_bytes(os.urandom(1 << 20) * (size >> 20))
+        noise = os.urandom(1 << 20)
+        with (folder / "root/big").open("wb") as file:
+            for _ in range(size >> 20):
+                file.write(noise)
         pki.write(folder)
         yield folder
 
 
 def serve(folder: Path, ktls: str):
     return program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", ktls, cwd=folder)
+
+
+def calls(size: int) -> dict[str, int]:
+    """System calls by name during one download of `size` bytes in kernel mode, printed too. Needs strace."""
+    with served(size) as folder, serve(folder, "require") as server:
+        download(server.port)
+        counted = calls_of(server, size)
+        assert counted is not None, "strace is missing: make test installs it"
+        print(f"\n{size >> 20} MiB in kernel mode: {sum(counted.values()) / (size / 1e9):,.0f} calls per GB: {counted}")
+        return counted
 
 
 def cost(size: int, rounds: int) -> dict[str, dict[str, float]]:
