@@ -1,9 +1,12 @@
 """The command line: serve, doctor, check. Exit status 0 fine, 1 can't run, 2 misuse; errors are one line on stderr."""
 
 import logging
+import os
 import platform
 import ssl
 import sys
+import time
+import urllib.parse
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -11,12 +14,15 @@ from typing import Any
 import click
 import msgspec
 
-from ktlsd import __version__
-from ktlsd.errors import KtlsdError, SettingsError
+from ktlsd import __version__, hashing
+from ktlsd.errors import KtlsdError, RequestError, SettingsError
+from ktlsd.files.listing import human_size
 from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import LinuxKernel
+from ktlsd.protocol.semantics import parse_path
 from ktlsd.server import run
+from ktlsd.server.auth import Signer, hash_password
 from ktlsd.settings import Settings, load_file, read_file, validate
 
 
@@ -95,6 +101,68 @@ def check(file: str) -> None:
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from error
     print(f"{file}: fine")
+
+
+@main.command("hash")
+@click.argument("directory", metavar="[DIR]", default=".")
+@click.option("--jobs", metavar="N", type=click.IntRange(1, 64), default=os.cpu_count() or 1, help="Files hashed at a time.")
+@_errors_as_exit_status
+def hash_(directory: str, jobs: int) -> None:
+    """Compute the SHA-256 of every file in DIR, so that ktlsd can send it as ETag and Repr-Digest.
+
+    The results are kept in DIR/.ktlsd-digests and count as long as a file's size and time stay the same. Run it again after
+    changes; what is known is not read again, and a run that was stopped goes on where it was.
+    """
+    os.nice(10)  # serving comes first
+    shown = sys.stderr.isatty()
+
+    def report(progress: hashing.Progress) -> None:
+        if shown:
+            done, total = human_size(progress.bytes_done), human_size(progress.bytes)
+            print(
+                f"\r{progress.files_done}/{progress.files} files, {done} of {total}\x1b[K", end="", file=sys.stderr, flush=True
+            )
+
+    done = hashing.hash_tree(directory, jobs=jobs, report=report)
+    if shown:
+        print(file=sys.stderr)
+    print(f"{done.files - done.skipped} files known, {human_size(done.bytes)}")
+    if done.skipped:
+        print(f"ktlsd: {done.skipped} files could not be read or changed meanwhile; run it again", file=sys.stderr)
+
+
+@main.command()
+@click.argument("user")
+def passwd(user: str) -> None:
+    """Ask for a password and print the line for a password file (the key `auth` of a rule)."""
+    if ":" in user or not user.isprintable():
+        raise click.UsageError("a user name has no colon and no control characters")
+    if sys.stdin.isatty():
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    print(f"{user}:{hash_password(password)}")
+
+
+@main.command()
+@click.argument("url")
+@click.option("--key", metavar="FILE", required=True, help="The key file named by `signed` in the rule.")
+@click.option(
+    "--expires", metavar="SECONDS", type=click.IntRange(1, 315_360_000), default=3600, help="How long it is good. [3600]"
+)
+@_errors_as_exit_status
+def sign(url: str, key: str, expires: int) -> None:
+    """Print URL (or a path) with a signature that lets it be fetched until it expires."""
+    scheme, separator, rest = url.partition("://")
+    authority, _, path = rest.partition("/") if separator else ("", "/", url.removeprefix("/"))
+    try:
+        parsed = parse_path(urllib.parse.quote("/" + path.partition("?")[0], safe="/%~!$&'()*+,;=:@").encode())
+    except RequestError as error:
+        raise click.UsageError(error.detail) from error
+    query = Signer(key).query(parsed, int(time.time()) + expires)
+    print(
+        f"{scheme + separator + authority if separator else ''}{parsed.encoded(directory=parsed.is_directory).decode()}?{query}"
+    )
 
 
 @main.command()

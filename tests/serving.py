@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ktlsd.files.root import DocumentRoot
 from ktlsd.net import handover
 from ktlsd.net.channel import HandoverPolicy
 from ktlsd.net.kernel import Kernel
@@ -22,8 +21,9 @@ from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.connection import Services
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Responder
-from ktlsd.server.worker import Worker
-from ktlsd.settings import Limits
+from ktlsd.server.sites import Sites
+from ktlsd.server.worker import Door, Worker
+from ktlsd.settings import Limits, Settings
 from tests import pki
 
 
@@ -32,7 +32,8 @@ class ThreadServer:
 
     def __init__(
         self, root: Path, kernel: Kernel | None, *, limits: Limits | None = None, send_buffer: int | None = None,
-        facts: handover.KernelFacts | None = None, log_file: Path | None = None, **policy: int,
+        facts: handover.KernelFacts | None = None, log_file: Path | None = None, settings: Settings | None = None,
+        **policy: int,
     ) -> None:  # fmt: skip
         sock = socket.create_server(("127.0.0.1", 0))
         if send_buffer:
@@ -43,8 +44,8 @@ class ThreadServer:
         self.metrics = Metrics()
         self._log_file = log_file
         log = AccessLog(str(log_file) if log_file else None, "json")
-        self._root = DocumentRoot(str(root))
-        services = Services(Responder(self._root), log, self.metrics, limits or Limits())
+        self._sites = Sites(settings or Settings(root=str(root)))
+        services = Services(Responder(self._sites), log, self.metrics, limits or Limits())
         keylog = None
         if kernel is None:
             from ktlsd.net.kernel import LinuxKernel
@@ -54,7 +55,7 @@ class ThreadServer:
             keylog = KeyLogPipe()
             keylog.attach(self.context)
             made = HandoverPolicy(facts or handover.probe(kernel), **policy)
-        self.worker = Worker([Listener(sock)], self.context, kernel, made, services, keylog=keylog)
+        self.worker = Worker([Door(Listener(sock), self.context, services)], kernel, made, services, keylog=keylog)
         self._thread = threading.Thread(target=self.worker.run, daemon=True)
 
     def __enter__(self) -> "ThreadServer":

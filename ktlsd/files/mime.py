@@ -1,5 +1,6 @@
 """Content types by file name; a table of our own, so that every machine answers alike (mimetypes reads /etc/mime.types)."""
 
+import re
 from typing import Final
 
 DEFAULT: Final = b"application/octet-stream"
@@ -67,3 +68,14 @@ def content_type(name: bytes) -> bytes:
     """Return the media type for a file name, application/octet-stream if its extension says nothing."""
     _, dot, extension = name.rpartition(b".")
     return _TYPES.get(extension.lower(), DEFAULT) if dot else DEFAULT
+
+
+# What precompressed siblings are sent for: text in the wide sense. An archive's .gz is another file, not another form of it.
+_COMPRESSIBLE: Final = re.compile(
+    rb"text/.*|application/(?:json|jsonl|manifest\+json|wasm|xml|.*\+json|.*\+xml)(?:;.*)?|image/svg\+xml|font/[ot]tf"
+)
+
+
+def is_compressible(content_type: bytes) -> bool:
+    """Whether another content coding of this type makes sense."""
+    return _COMPRESSIBLE.fullmatch(content_type) is not None

@@ -10,10 +10,12 @@ import errno
 import os
 import stat
 from collections import deque
+from collections.abc import Iterator
 from typing import Final
 
 from ktlsd import uapi
 from ktlsd.errors import RequestError, SettingsError
+from ktlsd.files.listing import Entry
 from ktlsd.slices import OpenFile
 
 # O_NONBLOCK: a FIFO in the root must not hang the worker. O_NOCTTY: nor may a terminal become ours.
@@ -67,6 +69,60 @@ class DocumentRoot:
         if stat.S_ISDIR(facts.st_mode):
             return None
         raise RequestError(404, "There is no such file.")
+
+    def read_small(self, path: bytes, limit: int) -> tuple[OpenFile, bytes] | None:
+        """Return the facts and contents of a regular file of at most `limit` bytes, None for anything else; closes it."""
+        try:
+            file = self.open(path)
+        except (RequestError, OSError):
+            return None
+        if file is None:
+            return None
+        try:
+            return (file, os.pread(file.fd, limit, 0)) if file.size <= limit else None
+        except OSError:
+            return None
+        finally:
+            file.release()
+
+    def scan(self, path: bytes) -> Iterator[Entry | None]:
+        """Yield what is in a folder and could be served from it, unsorted; None for each name that could not.
+
+        Names with a dot in front are left out, so are links that lead nowhere or out of the root.
+        Raises RequestError as `open`.
+        """
+        try:
+            fd = self._open(path)
+        except OSError as exc:
+            raise _refusal(exc) from exc
+        return self._entries(fd, path)
+
+    def _entries(self, fd: int, path: bytes) -> Iterator[Entry | None]:
+        try:
+            with os.scandir(fd) as found:
+                for item in found:
+                    yield self._entry(os.fsencode(item.name), item, fd, path)
+        finally:
+            os.close(fd)
+
+    def _entry(self, name: bytes, item: "os.DirEntry[str]", fd: int, path: bytes) -> Entry | None:
+        if name.startswith(b"."):
+            return None
+        try:
+            if item.is_symlink():  # through the gate, like a request for it
+                target = self._open(path + b"/" + name)
+                try:
+                    facts = os.fstat(target)
+                finally:
+                    os.close(target)
+            else:
+                facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except OSError:
+            return None
+        if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+            return None
+        is_directory = stat.S_ISDIR(facts.st_mode)
+        return Entry(name, is_directory, 0 if is_directory else facts.st_size, int(facts.st_mtime))
 
     def _open(self, path: bytes) -> int:
         try:

@@ -8,11 +8,9 @@ The only place that knows which of the two it is. The contract, in either mode:
 - `try_close` loses nothing that was accepted and ends in close_notify; `abort` makes the peer see that something is missing.
 """
 
-import enum
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from ktlsd import uapi
 from ktlsd.errors import HandoverError, PeerAlert, PeerError, PeerTruncated, UnexpectedMessage
@@ -20,31 +18,12 @@ from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import Kernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
+from ktlsd.net.plain import RECEIVES, Closing, Mode, PlainChannel
 from ktlsd.net.tx_kernel import KernelTx
 from ktlsd.net.tx_userspace import Scratch, UserspaceTx
 from ktlsd.slices import Segment
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
-
-# More than a request needs; OpenSSL's memory BIO keeps the largest size it ever had, for every idle connection.
-_RECEIVE: Final = 16_384
-_RECEIVES: Final = 8  # at most so many in one call: a peer that floods must not have the worker for itself
-
-
-class Mode(enum.Enum):
-    """Who encrypts what we send."""
-
-    HANDSHAKE = "handshake"
-    USERSPACE = "userspace"
-    KERNEL = "kernel"
-
-
-class _Closing(enum.IntEnum):
-    """How far `try_close` is."""
-
-    NO = 0
-    NOTIFIED = 1  # close_notify accepted; waiting until TCP has all
-    FINISHED = 2  # our direction ended; waiting for the peer's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +40,15 @@ class HandoverPolicy:
     off: str = ""
 
 
-class Channel:
+class Channel(PlainChannel):
     """One accepted TCP connection and its TLS session. The caller owns time, order and HTTP."""
 
     __slots__ = (
         "_behind_finished",
-        "_closing",
-        "_ended",
-        "_kernel",
         "_keylog",
         "_payload_left",
         "_policy",
-        "_readable",
-        "_sock",
-        "_tx",
-        "expiring",
-        "mode",
         "session",
-        "why_userspace",
     )
 
     def __init__(
@@ -91,34 +61,16 @@ class Channel:
         keylog: KeyLogPipe | None,
         scratch: Scratch,
     ) -> None:
-        self._sock = sock
-        self._kernel = kernel
+        super().__init__(sock, kernel)
         self._policy = policy
         self._keylog = keylog
-        self._tx: UserspaceTx | KernelTx = UserspaceTx(sock, session, kernel, scratch)
+        self._tx = UserspaceTx(sock, session, kernel, scratch)
         self._payload_left = 0  # bytes the present key may still protect
-        self._closing = _Closing.NO
-        self.session = session  # for its facts (version, suite, names); its data belongs to the channel
+        self.session = session
+        self.facts = session
         self.mode = Mode.HANDSHAKE
         self.why_userspace = policy.off
-        self._readable = True  # the socket may hold input
         self._behind_finished = True  # bytes that came with the client's Finished may wait inside the session
-        self._ended = False  # TCP's end, or an error, stands behind it
-        self.expiring = False  # the keys can't be renewed: finish the response, then close
-
-    def fileno(self) -> int:
-        """The socket's descriptor, -1 once closed."""
-        return self._sock.fileno()
-
-    @property
-    def has_input(self) -> bool:
-        """Whether a call stopped because it had received enough for one turn, and there may be more."""
-        return self._readable
-
-    def note_input(self, *, ended: bool) -> None:
-        """The poller saw an edge: there is input, and behind it the end if `ended`."""
-        self._readable = True
-        self._ended = self._ended or ended
 
     # --- handshake -------------------------------------------------------------------------------------------------
 
@@ -179,7 +131,7 @@ class Channel:
         have been told to the peer as an alert, if it could be.
         """
         session = self.session
-        for _ in range(_RECEIVES):
+        for _ in range(RECEIVES):
             if session.peer_closed:
                 return b""
             # What came behind the client's Finished waits inside since the handshake; it is older than TCP's end.
@@ -192,15 +144,6 @@ class Channel:
             if plain:
                 return plain
         return None  # `has_input` tells that this was not the socket's end
-
-    def _receive(self) -> bytes | None:
-        if not self._readable:
-            return None
-        data = self._kernel.receive(self._sock, _RECEIVE)
-        # A short read has emptied the socket, if not the end stands behind it; whatever comes later is a new edge.
-        if data is None or (0 < len(data) < _RECEIVE and not self._ended):
-            self._readable = False
-        return data
 
     def _decrypt(self, ciphertext: bytes) -> bytes:
         session = self.session
@@ -254,10 +197,6 @@ class Channel:
                 self._renew_keys()
         return sent
 
-    def try_flush(self) -> bool:
-        """Send on what was accepted and is still held here; whether nothing is. The kernel sends on by itself."""
-        return isinstance(self._tx, KernelTx) or self._tx.flush()
-
     def _hand_over(self) -> None:
         """Give the kernel the keys; if it refuses, stay in userspace for good and remember why."""
         taken = self._kernel.taken_by_tcp(self._sock)
@@ -285,60 +224,23 @@ class Channel:
 
     # --- ending ----------------------------------------------------------------------------------------------------
 
-    def try_close(self) -> bool | None:
-        """Go on with closing: True when the socket can be dropped. None: call again when the socket or the clock says so.
-
-        Order (ktls.md §3.6): the last record closed, close_notify, everything in TCP, FIN, then input is read and thrown
-        away until the peer's end, because unread input at close would make TCP send RST and destroy the tail.
-        """
-        if self._closing is _Closing.NO:
-            if not self._tx.notify_close():
-                return None
-            self._closing = _Closing.NOTIFIED
-        if self._closing is _Closing.NOTIFIED:
-            if not self._tx.all_taken():
-                return None
-            self._kernel.shutdown(self._sock)
-            self._closing = _Closing.FINISHED
-        for _ in range(_RECEIVES):
-            data = self._receive()
-            if data is None:
-                return None
-            if not data:
-                return True
-        return None
-
-    def unacknowledged(self) -> int:
-        """Return how many bytes TCP still has to bring to the peer."""
-        return self._kernel.unacknowledged(self._sock)
-
     def say_goodbye(self, error: PeerError) -> None:
         """Tell the peer what is wrong, if that can be done in order; then only `try_close` is left to do."""
-        if self._closing is _Closing.NO and not isinstance(error, PeerAlert):
+        if self._closing is Closing.NO and not isinstance(error, PeerAlert):
             try:
                 if self._tx.say_goodbye(error):
-                    self._closing = _Closing.NOTIFIED
+                    self._closing = Closing.NOTIFIED
             except PeerError:
                 pass  # gone already: nobody to tell
-
-    @property
-    def told(self) -> bool:
-        """Whether the peer has been told that this is the end: a `drop` now might destroy that, `try_close` does not."""
-        return self._closing is not _Closing.NO
 
     def send_plain(self, data: bytes) -> None:
         """Send bytes in the clear to a client that never spoke TLS; what doesn't go at once is dropped."""
         assert self.mode is Mode.HANDSHAKE
         try:
             if self._kernel.send(self._sock, [data], more=False):
-                self._closing = _Closing.NOTIFIED
+                self._closing = Closing.NOTIFIED
         except PeerError:
             pass  # gone already: nobody to tell
-
-    def abort(self) -> None:
-        """Close at once with RST, without close_notify: the peer can tell that something is missing."""
-        if self._sock.fileno() >= 0:
-            self._kernel.reset(self._sock)
 
     def drop(self) -> None:
         """Close the socket; what TCP has taken is still delivered."""

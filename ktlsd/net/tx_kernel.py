@@ -10,24 +10,22 @@ from typing import Final
 
 from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerError, PeerTruncated
-from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
+from ktlsd.net.kernel import Buffer, Kernel
+from ktlsd.net.tx_plain import SENDFILE_MAX, PlainTx
 from ktlsd.slices import FileSlice, Segment
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
 
-# One sendfile call. Longer ones save little and keep the other connections waiting.
-_SENDFILE_MAX: Final = 128 * records.MAX_PLAINTEXT
 # Rekey in the middle of a body: a short sendfile that is taken whole closes the record, so that a KeyUpdate may follow.
 _CLOSING_PIECE: Final = 4_096
 _SEGMENT_MAX: Final = 65_536  # bytes; the largest a TCP segment can be
 
 
-class KernelTx:
+class KernelTx(PlainTx):
     """The sending half of a channel once TLS_TX has succeeded; there is no way back."""
 
     __slots__ = (
         "_cipher_type",
-        "_kernel",
         "_notified",
         "_overhead",
         "_owes_key_update",
@@ -35,7 +33,6 @@ class KernelTx:
         "_record_open",
         "_records_before",
         "_session",
-        "_sock",
         "_taken_before",
     )
 
@@ -43,9 +40,8 @@ class KernelTx:
         self, sock: socket.socket, session: Session, kernel: Kernel, *, info: uapi.CryptoInfo, taken_before: int
     ) -> None:
         """`info` is what was installed, `taken_before` what TCP had taken by then (bytes of the wire)."""
-        self._sock = sock
+        super().__init__(sock, kernel)
         self._session = session
-        self._kernel = kernel
         self._cipher_type = info.cipher_type
         self._overhead = records.overhead(info.version, info.cipher_type)
         self._record_open = False  # the last call may have left a record unfinished in the kernel
@@ -59,24 +55,9 @@ class KernelTx:
         """Send from the front of `segments`; return how many bytes were accepted, None if none. Raises FileTruncated."""
         if self._owes_key_update and not self._record_open and not self._send_key_update():
             return None
-        accepted, at = 0, 0
-        while at < len(segments):
-            segment = segments[at]
-            if isinstance(segment, FileSlice):
-                at += 1
-                offered = segment.length
-                sent = self._send_slice(segment, accepted) if offered else 0
-            else:
-                run = _bytes_run(segments, at)
-                at += len(run)
-                offered = sum(map(len, run))
-                sent = self._send_bytes(run, offered, more=any(map(len, segments[at:]))) if offered else 0
-            if sent is not None:
-                accepted += sent
-            if sent is None or sent < offered:
-                break
-        self._payload += accepted
-        return accepted or None
+        accepted = super().send(segments)
+        self._payload += accepted or 0
+        return accepted
 
     def _send_bytes(self, run: list[Buffer], offered: int, *, more: bool) -> int | None:
         """Headers in front of a body (`more`) stay in an open record that the body's first bytes join: one record, not two."""
@@ -91,7 +72,7 @@ class KernelTx:
     def _send_slice(self, segment: FileSlice, before: int) -> int | None:
         """One sendfile call; `before` is how many bytes of this record are in the kernel already."""
         # A multiple of 16,384 with the headers before it: every record but the last is full (RFC 8446 §5.1).
-        count = min(segment.length, _SENDFILE_MAX - before % records.MAX_PLAINTEXT)
+        count = min(segment.length, SENDFILE_MAX - before % records.MAX_PLAINTEXT)
         if self._owes_key_update:
             count = min(segment.length, _CLOSING_PIECE)
         sent = self._kernel.sendfile(self._sock, segment.file.fd, segment.offset, count)
@@ -164,13 +145,3 @@ class KernelTx:
         told = bool(self._kernel.send_control(self._sock, records.ALERT, alert))
         self._payload += len(alert) if told else 0
         return told
-
-
-def _bytes_run(segments: Sequence[Segment], at: int) -> list[Buffer]:
-    """Return the buffers from `at` up to the next file slice, no more than one call takes."""
-    run: list[Buffer] = []
-    for segment in segments[at : at + IOV_MAX]:
-        if isinstance(segment, FileSlice):
-            break
-        run.append(segment)
-    return run

@@ -41,6 +41,7 @@ class _Exchange:
     head: bytes | memoryview = b""
     body_sent: int = 0
     continue_wanted: bool = False
+    chunked: bool = False
 
 
 class Http1Connection:
@@ -240,6 +241,9 @@ class Http1Connection:
         if response.close_connection or self._draining:
             exchange.keep_alive = False
         exchange.response = response
+        if response.stream is not None:
+            exchange.chunked = not exchange.http10
+            exchange.keep_alive = exchange.keep_alive and exchange.chunked
         exchange.head = _head(response, exchange)
         if exchange.head_only:
             response.close()
@@ -253,12 +257,36 @@ class Http1Connection:
             if exchange.head:
                 out.append(exchange.head)
                 budget -= len(exchange.head)
+            if exchange.response.stream is not None and not exchange.response.body:
+                self._pull(exchange)
             for segment in exchange.response.body:
                 out.append(segment)
                 budget -= len(segment)
-            if not exchange.keep_alive:
+            if exchange.response.stream is not None or not exchange.keep_alive:
                 break
         return out
+
+    def _pull(self, exchange: _Exchange) -> None:
+        """Take the next piece of a stream into the body, as a chunk (RFC 9112 §7.1) where the client knows chunks."""
+        response = exchange.response
+        assert response is not None
+        assert response.stream is not None
+        piece = next(response.stream, None)
+        if piece is None:
+            response.stream = None
+            piece = b"0\r\n\r\n" if exchange.chunked else b""
+        elif piece and exchange.chunked:
+            piece = b"%x\r\n%s\r\n" % (len(piece), piece)
+        if piece:
+            response.body.append(piece)
+
+    @property
+    def working(self) -> bool:
+        """Whether `next_output` has nothing now, but would have after more work: call it again, others first."""
+        exchange = self._exchanges[0] if self._exchanges else None
+        if exchange is None or exchange.response is None or exchange.head:
+            return False
+        return exchange.response.stream is not None and not exchange.response.body
 
     def sent(self, count: int) -> list[Completed]:
         """Account for `count` bytes from the front of `next_output` that are gone; return the responses now complete."""
@@ -285,7 +313,7 @@ class Http1Connection:
                     segment.advance(gone)
                 else:
                     response.body[0] = memoryview(segment)[gone:]
-            if exchange.head or response.body:
+            if exchange.head or response.body or response.stream is not None:
                 break
             completed.append(self._finish(exchange, response))
         assert count == 0, "more bytes were sent than there were"
@@ -318,6 +346,8 @@ def _head(response: Response, exchange: _Exchange) -> bytes:
     lines += [b"%s: %s\r\n" % header for header in response.headers]
     if response.content_length is not None:
         lines.append(b"Content-Length: %d\r\n" % response.content_length)
+    if exchange.chunked:
+        lines.append(b"Transfer-Encoding: chunked\r\n")
     if not exchange.keep_alive:
         lines.append(b"Connection: close\r\n")
     elif exchange.http10:

@@ -1,5 +1,6 @@
 """A request as it was understood, a response before it has a form on the wire; the same for every version of HTTP."""
 
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -42,7 +43,8 @@ class Refused:
 class Response:
     """Status, fields and body. `content_length` is the body a GET would get; a HEAD's `body` is empty all the same.
 
-    `body` holds references to files: whoever drops a response unsent calls `close`.
+    `body` holds references to files: whoever drops a response unsent calls `close`. `stream` gives what follows `body`
+    and whose length isn't known (`content_length` None), piece by piece; an empty piece is work done without a result yet.
     """
 
     status: int
@@ -50,6 +52,7 @@ class Response:
     body: list[Segment] = field(default_factory=list)
     content_length: int | None = 0  # None: the status has no body (304, 204)
     close_connection: bool = False
+    stream: Iterator[bytes] | None = None
 
     @property
     def body_bytes(self) -> int:
@@ -62,6 +65,9 @@ class Response:
             if isinstance(segment, FileSlice):
                 segment.close()
         self.body = []
+        if isinstance(self.stream, Generator):
+            self.stream.close()
+        self.stream = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,7 @@ class ByteRange(NamedTuple):
 
 _RANGE_SPEC: Final = re.compile(rb"[ \t]*(?:(\d{1,19})-(\d{0,19})|-(\d{1,19}))[ \t]*")
 MAX_RANGES: Final = 16
+_NEAR: Final = 80  # bytes
 
 
 def parse_ranges(value: bytes, size: int) -> list[ByteRange] | None:
@@ -169,6 +170,22 @@ def parse_ranges(value: bytes, size: int) -> list[ByteRange] | None:
     return ranges
 
 
+def coalesce(ranges: list[ByteRange]) -> list[ByteRange]:
+    """Return the ranges with overlapping and near ones made one (RFC 9110 §14.2), in the order in which they were asked for.
+
+    Near means that a part's header would cost as much as the bytes between. What is left never overlaps, so it is never
+    more than the file.
+    """
+    merged: list[tuple[int, ByteRange]] = []  # position of the first that asked for it, and the range
+    for position, part in sorted(enumerate(ranges), key=lambda item: item[1]):
+        if merged and part.first <= merged[-1][1].last + 1 + _NEAR:
+            first, before = merged[-1]
+            merged[-1] = (min(first, position), ByteRange(before.first, max(before.last, part.last)))
+        else:
+            merged.append((position, part))
+    return [part for _, part in sorted(merged)]
+
+
 # --- targets (RFC 9112 §3.2, RFC 3986) ------------------------------------------------------------------------------
 
 _PERCENT: Final = re.compile(rb"%([0-9A-Fa-f]{2})?")
@@ -195,8 +212,13 @@ class Path:
 
     def encoded(self, *, directory: bool) -> bytes:
         """Return the path in percent-encoding; starts with one slash only, whatever was asked for."""
-        parts = [b"".join(bytes([c]) if c in _SAFE else b"%%%02X" % c for c in segment) for segment in self.segments]
+        parts = [encode_segment(segment) for segment in self.segments]
         return b"/" + b"/".join(parts) + (b"/" if directory and parts else b"")
+
+
+def encode_segment(segment: bytes) -> bytes:
+    """Return one name in percent-encoding (RFC 3986 §2.1)."""
+    return b"".join(bytes([c]) if c in _SAFE else b"%%%02X" % c for c in segment)
 
 
 def parse_path(target: bytes) -> Path:

@@ -5,17 +5,19 @@ handshake -> HTTP -> closing -> closed. Output first, then input, then back to t
 
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from ktlsd.errors import FileTruncated, Overdue, PeerError, PeerTruncated, PlainHttp, RequestError, UnexpectedMessage
-from ktlsd.net.channel import Channel, Mode
+from ktlsd.files import plan
+from ktlsd.net.plain import Mode, PlainChannel
 from ktlsd.net.poller import Event
 from ktlsd.protocol.http1 import Http1Connection
-from ktlsd.protocol.messages import Completed, Refused, Request
+from ktlsd.protocol.messages import Completed, Refused, Request, Response
 from ktlsd.server.accesslog import AccessLog, Entry, TlsFacts, timestamp
+from ktlsd.server.auth import Later
 from ktlsd.server.metrics import Metrics
-from ktlsd.server.responder import Responder
 from ktlsd.settings import Limits
 
 _BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs
@@ -26,6 +28,13 @@ _PLAIN_ANSWER: Final = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 60\r\nConnection: close\r\n\r\n"
     b"This port speaks HTTPS. Use https:// instead of http://.   \n"
 )
+
+
+class Answers(Protocol):
+    """Who answers requests."""
+
+    def respond(self, request: Request | Refused) -> Response | Later:
+        """Return the response, or what has to be done first, in a thread."""
 
 
 class _Stage(enum.Enum):
@@ -55,7 +64,7 @@ class _Pending:
 class Services:
     """What connections share: none of it belongs to any."""
 
-    responder: Responder
+    responder: Answers
     access_log: AccessLog
     metrics: Metrics
     limits: Limits
@@ -71,6 +80,7 @@ class Connection:
         "_close_until",
         "_fd",
         "_http",
+        "_jobs",
         "_key_update_tokens",
         "_key_updates_seen",
         "_pending",
@@ -81,12 +91,13 @@ class Connection:
         "draining",
     )
 
-    def __init__(self, channel: Channel, client: tuple[str, int], services: Services, now: float) -> None:
+    def __init__(self, channel: PlainChannel, client: tuple[str, int], services: Services, now: float) -> None:
         self._channel = channel
         self._client = client
         self._services = services
         self._http = Http1Connection(max_requests=services.limits.requests_per_connection)
         self._pending: dict[int, _Pending] = {}
+        self._jobs: list[tuple[int, Callable[[], None]]] = []
         self._stage = _Stage.HANDSHAKE
         self._fd = channel.fileno()
         self._key_update_tokens = (now, float(_KEY_UPDATES_PER_SECOND))
@@ -126,8 +137,9 @@ class Connection:
 
     def _established(self, now: float) -> None:
         self._stage = _Stage.HTTP
-        session, metrics = self._channel.session, self._services.metrics
-        metrics.count("handshakes_resumed" if session.resumed else "handshakes_full")
+        facts, metrics = self._channel.facts, self._services.metrics
+        if self._channel.mode is not Mode.PLAIN:
+            metrics.count("handshakes_resumed" if facts.resumed else "handshakes_full")
         self.deadline = now + self._services.limits.idle_timeout
         if self.draining:
             self._http.drain(one_more=True)
@@ -147,6 +159,11 @@ class Connection:
                 spent += sent
                 if spent >= _BUDGET:
                     return True
+            if http.working:
+                return True
+            if completed := http.sent(0):  # a stream that ended without a last piece
+                self._completed(completed)
+                continue
             if channel.expiring and not http.busy:
                 http.drain()
             if http.closing:
@@ -187,10 +204,31 @@ class Connection:
 
     def _answer(self, request: Request | Refused, now: float) -> None:
         self._pending[request.stream_id] = _Pending(request, time.time())
-        response = self._services.responder.respond(request)
         self._services.metrics.count("requests")
-        self._http.respond(request.stream_id, response)
+        self._respond(request, now)
+
+    def _respond(self, request: Request | Refused, now: float) -> None:
+        response = self._services.responder.respond(request)
+        if isinstance(response, Later):
+            self._jobs.append((request.stream_id, response.job))
+        else:
+            self._http.respond(request.stream_id, response)
         self._set_deadline(now)
+
+    def take_jobs(self) -> list[tuple[int, Callable[[], None]]]:
+        """Return what must be done in a thread before these requests can be answered; `resume` each afterwards."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def resume(self, stream_id: int, now: float, *, refusal: RequestError | None = None) -> None:
+        """A job is done, or could not be: answer the request. Pump afterwards."""
+        pending = self._pending.get(stream_id)
+        if pending is None or self._stage is not _Stage.HTTP:
+            return  # the client has left meanwhile
+        if refusal is None:
+            self._respond(pending.request, now)
+        else:
+            self._http.respond(stream_id, plan.plan_error(refusal.status, refusal.detail))
 
     def _set_deadline(self, now: float) -> None:
         """Something was achieved. What comes next has its own time: progress of a response, the rest of a head, a request."""
@@ -204,7 +242,7 @@ class Connection:
 
     def _check_key_updates(self, now: float) -> None:
         """A token bucket: `_KEY_UPDATES_PER_SECOND` may come at once, and as many again with every second."""
-        seen = self._channel.session.key_updates
+        seen = self._channel.facts.key_updates
         if seen == self._key_updates_seen:
             return
         last, tokens = self._key_update_tokens
@@ -328,8 +366,8 @@ class Connection:
             return
         request, kernel = pending.request, channel.mode is Mode.KERNEL
         why = None if kernel else channel.why_userspace or "no response of handover_bytes yet"
-        session = channel.session
-        tls = TlsFacts(session.version_name, session.cipher_name, session.resumed, channel.mode.value, why)
+        facts = channel.facts
+        tls = TlsFacts(facts.version_name, facts.cipher_name, facts.resumed, channel.mode.value, why)
         end = time.time()
         common = {"status": status, "bytes": body_bytes, "complete": complete, "tls": tls, "client": self._client[0]}
         timing = {"time": timestamp(end), "duration": round(max(end - pending.started, 0.0), 6)}

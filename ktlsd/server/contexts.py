@@ -2,8 +2,10 @@
 
 import ssl
 
+import msgspec
+
 from ktlsd.errors import SettingsError
-from ktlsd.settings import Tls
+from ktlsd.settings import Settings, Tls
 
 _MINIMUM = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -12,9 +14,48 @@ _MINIMUM = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3
 _TLS12_CIPHERS = "ECDHE+AES128+AESGCM:ECDHE+AES256+AESGCM:ECDHE+CHACHA20"
 
 
+def build_contexts(settings: Settings) -> list[ssl.SSLContext]:
+    """Return the contexts of all sites, the default's first: it is the one that connections start with; SNI picks another.
+
+    A site without a certificate of its own and without an ALPN of its own shares the default's. Raises SettingsError.
+    """
+    default = build_context(settings.tls)
+    by_name: dict[str, ssl.SSLContext] = {}
+    contexts = [default]
+    for site in settings.site:
+        if site.cert is None and site.alpn is None:
+            continue
+        own = {"cert": site.cert, "key": site.key} if site.cert is not None else {}
+        alpn = {"alpn": site.alpn} if site.alpn is not None else {}
+        context = build_context(msgspec.structs.replace(settings.tls, **own, **alpn))
+        contexts.append(context)
+        by_name.update((name.lower(), context) for name in site.names)
+    if by_name:
+        default.sni_callback = _Chooser(by_name)
+    return contexts
+
+
+class _Chooser:
+    """Picks a context by the name in the ClientHello: the name itself, then the nearest wildcard; else all stays as it is."""
+
+    def __init__(self, by_name: dict[str, ssl.SSLContext]) -> None:
+        self._by_name = by_name
+
+    def __call__(self, connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+        if name is None:
+            return
+        rest = name.lower().rstrip(".")
+        context = self._by_name.get(rest)
+        while context is None and "." in rest:
+            rest = rest.partition(".")[2]
+            context = self._by_name.get("*." + rest)
+        if context is not None:
+            connection.context = context
+
+
 def build_context(tls: Tls) -> ssl.SSLContext:
-    """Return a server context for `tls.cert` and `tls.key`. Raises SettingsError naming the file and what is wrong with it."""
-    assert tls.cert is not None, "Settings are complete by now"
+    """Return a server's context for one certificate. Raises SettingsError."""
+    assert tls.cert is not None, "devcert fills it in"
     assert tls.key is not None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _MINIMUM[tls.minimum]
@@ -24,7 +65,25 @@ def build_context(tls: Tls) -> ssl.SSLContext:
     context.num_tickets = tls.tickets
     context.set_alpn_protocols(list(tls.alpn))
     _load_pair(context, tls.cert, tls.key)
+    if tls.client_ca is not None:
+        _ask_for_certificates(context, tls)
     return context
+
+
+def _ask_for_certificates(context: ssl.SSLContext, tls: Tls) -> None:
+    """Ask clients for a certificate (mutual TLS); revoked ones are refused where a list is given."""
+    context.verify_mode = ssl.CERT_REQUIRED if tls.client_auth == "require" else ssl.CERT_OPTIONAL
+    for name, file in (("client_ca", tls.client_ca), ("client_crl", tls.client_crl)):
+        if file is None:
+            continue
+        try:
+            context.load_verify_locations(cafile=file)
+        except ssl.SSLError as exc:
+            raise SettingsError(f"tls.{name}: {file}: no usable PEM ({exc.reason or 'PEM lib'})") from exc
+        except OSError as exc:
+            raise SettingsError(f"tls.{name}: {file}: cannot be read: {exc.strerror}") from exc
+    if tls.client_crl is not None:
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
 def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:

@@ -1,73 +1,302 @@
 """Request to Response, a straight line; every error that belongs to the request becomes a response here."""
 
+import hashlib
 import logging
+import os
 import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Final
 
 from ktlsd.errors import RequestError
-from ktlsd.files import mime, plan
-from ktlsd.files.root import DocumentRoot
+from ktlsd.files import listing, mime, plan
+from ktlsd.files.listing import Entry, Order
+from ktlsd.files.plan import Representation
 from ktlsd.protocol import semantics
 from ktlsd.protocol.messages import Refused, Request, Response
+from ktlsd.protocol.negotiation import choose_encoding, prefers_json
+from ktlsd.protocol.semantics import Path
+from ktlsd.server.auth import Later
+from ktlsd.server.sites import Policy, Site, Sites
 from ktlsd.slices import OpenFile
 
 _log = logging.getLogger("ktlsd")
-_INDEX = b"index.html"
+_SMALL_LISTING: Final = 1_000  # names; a longer listing is made piece by piece, others in between
+_BATCH: Final = 500  # names looked at in one piece
+_MAX_LISTED: Final = 100_000  # names; more are not shown
+_MAX_STREAMS: Final = 8  # long listings in the making, each up to some 20 MB
+_NOT_FOUND: Final = "There is no such file."
+_EXPOSED: Final = b"Accept-Ranges, Content-Encoding, Content-Length, Content-Range, ETag, Repr-Digest"
 
 
 class Responder:
-    """Answers requests from one document root. Total: `respond` always returns a response."""
+    """Answers requests from the sites. Total: `respond` always returns a response, or Later for one that takes longer."""
 
-    def __init__(self, root: DocumentRoot) -> None:
-        self._root = root
+    def __init__(self, sites: Sites, *, hsts: bytes | None = None) -> None:
+        """`hsts` is the value of Strict-Transport-Security, None for none."""
+        self._sites = sites
+        self._hsts = hsts
+        self._streams = 0
 
-    def respond(self, request: Request | Refused) -> Response:
+    def respond(self, request: Request | Refused) -> Response | Later:
         """Return the response, Date and Server fields included."""
-        now = int(time.time())
+        now = time.time()
         try:
             response = plan.plan_refusal(request.error) if isinstance(request, Refused) else self._answer(request, now)
         except RequestError as error:
-            response = plan.plan_error(error.status, error.detail)
+            response = plan.plan_error(error.status, error.detail, request if isinstance(request, Request) else None)
         except Exception:  # our bug: this client gets a 500, the others go on
             _log.exception("cannot answer a request")
             response = plan.plan_error(500, "Something is wrong with the server, not with the request.")
-        response.headers[:0] = ((b"Date", semantics.http_date(now)), (b"Server", b"ktlsd"))
+        if isinstance(response, Later):
+            return response
+        response.headers[:0] = ((b"Date", semantics.http_date(int(now))), (b"Server", b"ktlsd"))
+        if self._hsts is not None:
+            response.headers.append((b"Strict-Transport-Security", self._hsts))
         return response
 
-    def _answer(self, request: Request, now: int) -> Response:
+    # --- one request, from top to bottom ---------------------------------------------------------------------------
+
+    def _answer(self, request: Request, now: float) -> Response | Later:
         if request.method not in semantics.METHODS:
             known = request.method in ("POST", "PUT", "DELETE", "PATCH", "CONNECT", "TRACE")
             raise RequestError(405 if known else 501, "Files can be fetched with GET and HEAD; nothing else is done here.")
         if request.target == b"*":
             return plan.plan_options()
         path = semantics.parse_path(request.target)
-        if path.hidden:
-            raise RequestError(404, "There is no such file.")
-        if request.method == "OPTIONS":
+        site = self._sites.choose(request.host)
+        policy = site.policy(path)
+        try:
+            response = self._allowed(request, path, policy, now) or self._found(request, site, policy, path, now)
+        except RequestError as error:
+            response = plan.plan_error(error.status, error.detail, request)
+            if error.status == 401:
+                response.headers.append((b"WWW-Authenticate", b'Basic realm="files", charset="UTF-8"'))
+        if isinstance(response, Response):
+            _decorate(response, request, policy)
+        return response
+
+    def _allowed(self, request: Request, path: Path, policy: Policy, now: float) -> Response | Later | None:
+        """Everything that is decided without looking at a file; None to go on. Raises RequestError."""
+        if request.method == "OPTIONS":  # a preflight comes without credentials (Fetch §3.2.2)
             return plan.plan_options()
-        file = self._root.open(path.relative)
+        if policy.redirect is not None:
+            location = _redirect_target(policy.redirect, request, path)
+            return plan.plan_redirect(request, policy.status, location, "It is somewhere else.")
+        if path.hidden:
+            raise RequestError(404, _NOT_FOUND)
+        if policy.signer is not None:
+            verdict = policy.signer.verify(path, request.target.partition(b"?")[2], now)
+            if not verdict:
+                raise RequestError(403, "This address has expired." if verdict is None else "This address is not signed.")
+        if policy.passwords is not None:
+            known = policy.passwords.check(request.header(b"authorization"), time.monotonic())
+            if isinstance(known, Later):
+                return known
+            if not known:
+                raise RequestError(401, "A user name and a password are asked for.")
+        return None
+
+    def _found(self, request: Request, site: Site, policy: Policy, path: Path, now: float) -> Response:
+        if policy.try_files is None:
+            return self._path(request, site, policy, path, now)
+        own = path.encoded(directory=path.is_directory).decode("ascii")
+        for candidate in policy.try_files:
+            tried = semantics.parse_path(candidate.replace("{path}", own).encode("utf-8"))
+            try:
+                if not tried.hidden:
+                    return self._path(request, site, policy, tried, now)
+            except RequestError as error:
+                if error.status != 404:
+                    raise
+        raise RequestError(404, _NOT_FOUND)
+
+    def _path(self, request: Request, site: Site, policy: Policy, path: Path, now: float) -> Response:
+        file = site.root.open(path.relative)
         if file is None:
             if not path.is_directory and path.segments:
-                return plan.plan_redirect(request, path)
-            return self._index(request, path, now)
+                return plan.plan_redirect_to_directory(request, path)
+            return self._directory(request, site, policy, path, now)
         if path.is_directory:
             file.release()
             raise RequestError(404, "There is no such directory.")
-        return self._file(request, file, path.segments[-1], now)
+        return _file(request, site, policy, path.relative, file, now)
 
-    def _index(self, request: Request, path: semantics.Path, now: int) -> Response:
-        try:
-            file = self._root.open(b"/".join((*path.segments, _INDEX)))
-        except RequestError as error:
-            if error.status == 404:
-                raise RequestError(404, "This directory has no index.html.") from error
-            raise
-        if file is None:
-            raise RequestError(404, "This directory has no index.html.")
-        return self._file(request, file, _INDEX, now)
+    def _directory(self, request: Request, site: Site, policy: Policy, path: Path, now: float) -> Response:
+        for name in site.index:
+            relative = b"/".join((*path.segments, name))
+            try:
+                file = site.root.open(relative)
+            except RequestError as error:
+                if error.status != 404:
+                    raise
+                continue
+            if file is not None:
+                return _file(request, site, policy, relative, file, now)
+        if not policy.listing:
+            raise RequestError(404, "This directory is not listed.")
+        return self._listing(request, site, path)
 
-    @staticmethod
-    def _file(request: Request, file: OpenFile, name: bytes, now: int) -> Response:
+    # --- listings --------------------------------------------------------------------------------------------------
+
+    def _listing(self, request: Request, site: Site, path: Path) -> Response:
+        as_json = prefers_json(request.header(b"accept"))
+        order = Order.of_query(request.target.partition(b"?")[2])
+        found = site.root.scan(path.relative)
+        first = list(islice(found, _SMALL_LISTING + 1))
+        entries = [entry for entry in first if entry is not None]
+        content_type = b"application/json" if as_json else b"text/html; charset=utf-8"
+        response = Response(200, [(b"Content-Type", content_type), (b"Vary", b"Accept")])
+
+        def render(cut: int = 0) -> Iterator[bytes]:
+            order.sort(entries)
+            return listing.render_json(entries) if as_json else site.template.render(path, entries, order, cut=cut)
+
+        if len(first) > _SMALL_LISTING:
+            if self._streams >= _MAX_STREAMS:
+                raise RequestError(503, "Too many long listings are being made.")
+            response.content_length, response.stream = None, self._long_listing(found, entries, render)
+            return response
+        page = b"".join(render())
+        etag = b'W/"%s"' % hashlib.sha256(page).hexdigest()[:24].encode()
+        response.headers.append((b"ETag", etag))
+        if semantics.evaluate(plan.conditions(request), semantics.Validators(etag, 1 << 62)) == 304:
+            return Response(304, response.headers[1:], content_length=None)
+        response.body, response.content_length = [page], len(page)
+        return response
+
+    def _long_listing(
+        self, found: Iterator[Entry | None], entries: list[Entry], render: Callable[[int], Iterator[bytes]]
+    ) -> Iterator[bytes]:
+        """Read the folder a batch at a time, then render it; an empty piece lets others have their turn."""
+        self._streams += 1
         try:
-            return plan.plan_file(request, file, mime.content_type(name), now)
+            cut = 0
+            while batch := list(islice(found, _BATCH)):
+                entries += (entry for entry in batch if entry is not None)
+                if len(entries) >= _MAX_LISTED:
+                    cut = len(entries)
+                    break
+                yield b""
+            yield from render(cut)
         finally:
-            file.release()  # the response's slices hold it from here on
+            self._streams -= 1
+
+
+def _file(request: Request, site: Site, policy: Policy, path: bytes, file: OpenFile, now: float) -> Response:
+    """Answer from an open file, in the form the client takes best; the reference that came with `file` is used up."""
+    name = path.rpartition(b"/")[2]
+    content_type = policy.content_type or mime.content_type(name)
+    shown = Representation(file, content_type, offer_digest=site.files.repr_digest)
+    sibling: OpenFile | None = None
+    try:
+        if site.siblings is not None and mime.is_compressible(content_type):
+            shown, sibling, path = _negotiated(request, site, shown, path)
+        if site.digests is not None:
+            sha256 = site.digests.lookup(path, shown.file, time.monotonic())
+            shown = replace(shown, sha256=sha256)
+        response = plan.plan_file(request, shown, int(now), boundary=os.urandom(15).hex().encode())
+    finally:
+        file.release()  # the response's slices hold it from here on
+        if sibling is not None:
+            sibling.release()
+    if policy.disposition is not None:
+        response.headers.append((b"Content-Disposition", _disposition(policy.disposition, name)))
+    return response
+
+
+def _negotiated(
+    request: Request, site: Site, shown: Representation, path: bytes
+) -> tuple[Representation, OpenFile | None, bytes]:
+    """Return the form this client takes, the file opened for it, and where that lies. Raises RequestError(406)."""
+    assert site.siblings is not None
+    codings = site.siblings.codings(path, shown.file, time.monotonic())
+    coding = choose_encoding(request.header(b"accept-encoding"), codings)
+    if coding is None:
+        raise RequestError(406, "It does not exist in a content coding that the client takes.")
+    if not codings:
+        return shown, None, path
+    if coding:
+        sibling = site.siblings.open(path, shown.file, coding)
+        if sibling is not None:
+            return replace(shown, file=sibling, encoding=coding, varies=True), sibling, site.siblings.path(path, coding)
+    return replace(shown, varies=True), None, path
+
+
+def _disposition(kind: str, name: bytes) -> bytes:
+    """Return Content-Disposition with the file's name (RFC 6266): a plain form for old clients, the true one encoded."""
+    plain = bytes(c if 0x20 <= c <= 0x7E and c not in b'"\\%' else 0x5F for c in name)
+    value = b'%s; filename="%s"' % (kind.encode("ascii"), plain)
+    if plain != name:
+        value += b"; filename*=UTF-8''" + semantics.encode_segment(name).replace(b"'", b"%27")
+    return value
+
+
+def _redirect_target(template: str, request: Request, path: Path) -> bytes:
+    own = path.encoded(directory=path.is_directory)
+    query = request.target.partition(b"?")[2]
+    target = urllib.parse.quote(template, safe="%/:?#[]@!$&'()*+,;={}~").encode("ascii")
+    return target.replace(b"{path}", own).replace(b"{query}", query)
+
+
+def _decorate(response: Response, request: Request, policy: Policy) -> None:
+    """Add what the rules say: Cache-Control on what may be kept, CORS, the operator's own fields."""
+    if policy.cache_control is not None and response.status in (200, 206, 304):
+        response.headers.append((b"Cache-Control", policy.cache_control))
+    if policy.cors is not None:
+        _allow_origin(response, request, policy.cors)
+    for name, value in policy.headers:  # the operator's word is the last one
+        lower = name.lower()
+        response.headers = [field for field in response.headers if field[0].lower() != lower]
+        response.headers.append((name, value))
+
+
+def _allow_origin(response: Response, request: Request, origins: frozenset[bytes]) -> None:
+    """Let scripts of these origins read the response (Fetch §3.2)."""
+    origin = request.header(b"origin")
+    if b"*" in origins:
+        response.headers.append((b"Access-Control-Allow-Origin", b"*"))
+    else:
+        plan.add_vary(response.headers, b"Origin")
+        if origin is None or origin.lower() not in origins:
+            return
+        response.headers.append((b"Access-Control-Allow-Origin", origin))
+    response.headers.append((b"Access-Control-Expose-Headers", _EXPOSED))
+    if request.method == "OPTIONS" and request.header(b"access-control-request-method") is not None:
+        response.headers += (
+            (b"Access-Control-Allow-Methods", b"GET, HEAD"),
+            (b"Access-Control-Allow-Headers", b"Authorization, If-Match, If-Modified-Since, If-None-Match, If-Range, Range"),
+            (b"Access-Control-Max-Age", b"86400"),
+        )
+
+
+class Redirector:
+    """Answers on a plain-text port: everything is at https, but what certificate authorities come to look for."""
+
+    _CHALLENGE: Final = b".well-known", b"acme-challenge"  # RFC 8555 §8.3
+
+    def __init__(self, challenges: Responder, https_port: int) -> None:
+        self._challenges = challenges
+        self._port = b"" if https_port == 443 else b":%d" % https_port
+
+    def respond(self, request: Request | Refused) -> Response | Later:
+        """Return a redirect to the same address at https, or a challenge's file."""
+        if isinstance(request, Refused) or request.target == b"*" or self._is_challenge(request):
+            return self._challenges.respond(request)
+        if not request.host:
+            response = plan.plan_error(400, "Without a Host field there is no telling where to; use https://.", request)
+        else:
+            host = request.host if request.host.startswith(b"[") else request.host.partition(b":")[0]
+            host = host.partition(b"]")[0] + b"]" if host.startswith(b"[") else host
+            location = b"https://" + host + self._port + request.target
+            response = plan.plan_redirect(request, 308, location, "This is served over https only.")
+        response.headers[:0] = ((b"Date", semantics.http_date(int(time.time()))), (b"Server", b"ktlsd"))
+        return response
+
+    def _is_challenge(self, request: Request) -> bool:
+        try:
+            return semantics.parse_path(request.target).segments[:2] == self._CHALLENGE
+        except RequestError:
+            return False

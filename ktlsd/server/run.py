@@ -5,14 +5,14 @@ import os
 import resource
 import signal
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import msgspec
 
 from ktlsd import __version__, devcert
 from ktlsd.errors import StartError
-from ktlsd.files.root import DocumentRoot
 from ktlsd.net import handover, listeners
 from ktlsd.net.channel import HandoverPolicy
 from ktlsd.net.kernel import Kernel, LinuxKernel
@@ -21,11 +21,12 @@ from ktlsd.net.listeners import Listener
 from ktlsd.server import process
 from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.connection import Services
-from ktlsd.server.contexts import build_context
+from ktlsd.server.contexts import build_contexts
 from ktlsd.server.metrics import Metrics
-from ktlsd.server.responder import Responder
-from ktlsd.server.worker import Worker
-from ktlsd.settings import Settings
+from ktlsd.server.responder import Redirector, Responder
+from ktlsd.server.sites import Sites
+from ktlsd.server.worker import Door, Worker
+from ktlsd.settings import Files, Settings, parse_listen
 
 _log = logging.getLogger("ktlsd")
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -34,9 +35,9 @@ _SPARE_DESCRIPTORS: Final = 64
 
 def check(settings: Settings) -> None:
     """Try everything that can be tried without listening. Raises SettingsError."""
-    DocumentRoot(settings.directory).close()
+    Sites(settings).close()
     if settings.tls.cert is not None:
-        build_context(settings.tls)
+        build_contexts(settings)
 
 
 def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
@@ -48,22 +49,58 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
         tls = msgspec.structs.replace(settings.tls, cert=str(made.cert), key=str(made.key))
         settings = msgspec.structs.replace(settings, tls=tls)
     process.forbid_core_dumps()
-    context = build_context(settings.tls)
-    root = DocumentRoot(settings.directory)
+    contexts = build_contexts(settings)
+    sites = Sites(settings)
     access_log = AccessLog(settings.log.access, settings.log.format)
     kernel = LinuxKernel()
-    policy, keylog = prepare_kernel(settings, kernel, context)
-    bound = [(host, [Listener(sock) for sock in listeners.bind(host, port)]) for host, port in settings.listen_addresses]
-    services = Services(Responder(root), access_log, Metrics(), settings.limits)
-    worker = Worker([listener for _, group in bound for listener in group], context, kernel, policy, services, keylog=keylog)
+    policy, keylog = prepare_kernel(settings, kernel, contexts)
+    services = Services(Responder(sites, hsts=_hsts(settings)), access_log, Metrics(), settings.limits)
+    bound = [(host, _bind(host, port)) for host, port in settings.listen_addresses]
+    doors = [Door(listener, contexts[0], services) for _, group in bound for listener in group]
+    plain = _plain_doors(settings, sites, services)
+    worker = Worker([*doors, *plain], kernel, policy, services, keylog=keylog)
     worker.waker.hook(_SIGNALS)
-    for line in (*_told(settings, bound, policy, trust), *_told_gate(root), *_told_limits(settings)):
+    for line in (
+        *_told(settings, bound, plain, trust),
+        *_told_gate(sites),
+        *_told_limits(settings),
+        *_told_encryption(policy),
+    ):
         announce(line)
     worker.run()
-    root.close()
+    sites.close()
 
 
-def prepare_kernel(settings: Settings, kernel: Kernel, context: ssl.SSLContext) -> tuple[HandoverPolicy, KeyLogPipe | None]:
+def _bind(host: str, port: int) -> list[Listener]:
+    return [Listener(sock) for sock in listeners.bind(host, port)]
+
+
+def _plain_doors(settings: Settings, sites: Sites, services: Services) -> list[Door]:
+    """The listeners of [[http]], each with who answers there. Raises SettingsError, StartError."""
+    doors = []
+    for http in settings.http:
+        challenges = sites
+        if http.acme is not None:
+            challenges = Sites(
+                Settings(root=http.acme, files=Files(index=(), listing=False, digests=False, precompressed=False))
+            )
+        answers = Responder(sites) if http.action == "serve" else Redirector(Responder(challenges), http.https_port)
+        own = replace(services, responder=answers)
+        for text in http.listen:
+            doors += [Door(listener, None, own) for listener in _bind(*parse_listen(text))]
+    return doors
+
+
+def _hsts(settings: Settings) -> bytes | None:
+    tls = settings.tls
+    if tls.hsts is None:
+        return None
+    return b"max-age=%d%s" % (tls.hsts, b"; includeSubDomains" if tls.hsts_subdomains else b"")
+
+
+def prepare_kernel(
+    settings: Settings, kernel: Kernel, contexts: Sequence[ssl.SSLContext]
+) -> tuple[HandoverPolicy, KeyLogPipe | None]:
     """Find out what the kernel takes and catch the key log if it takes anything. Raises StartError for `require`."""
     ktls = settings.ktls
     if ktls.mode == "off":
@@ -77,7 +114,8 @@ def prepare_kernel(settings: Settings, kernel: Kernel, context: ssl.SSLContext) 
         return HandoverPolicy(facts, off=reason), None
     try:
         keylog = KeyLogPipe()
-        keylog.attach(context)
+        for context in contexts:
+            keylog.attach(context)
     except OSError as exc:
         if ktls.mode == "require":
             raise StartError(f"--ktls require: no key log ({exc.strerror}): /proc, fs.pipe-user-pages-soft") from exc
@@ -85,19 +123,23 @@ def prepare_kernel(settings: Settings, kernel: Kernel, context: ssl.SSLContext) 
     return HandoverPolicy(facts, ktls.handover_bytes, ktls.rekey_bytes), keylog
 
 
-def _told(settings: Settings, bound: list[tuple[str, list[Listener]]], policy: HandoverPolicy, trust: str | None) -> list[str]:
-    """The start-up lines: what is served, where, how to trust it, who encrypts and why."""
-    urls = []
-    for host, group in bound:
-        name = host if host not in ("", "0.0.0.0", "::") else "localhost"  # noqa: S104  # shown, not bound
-        urls.append(f"https://{listeners.address_text(name, group[0].address[1])}/")
-    lines = [f"ktlsd {__version__} serves {os.path.realpath(settings.directory)}"]
+def _told(settings: Settings, bound: list[tuple[str, list[Listener]]], plain: list[Door], trust: str | None) -> list[str]:
+    """The start-up lines: what is served, where, how to trust it."""
+    urls = [f"https://{_address(host, group[0])}/" for host, group in bound]
+    roots = dict.fromkeys(os.path.realpath(site.root) for site in settings.sites)
+    lines = [f"ktlsd {__version__} serves {', '.join(roots)}"]
     lines += [f"  at           {url}" for url in urls]
+    lines += [f"  in the clear http://{_address(door.listener.address[0], door.listener)}/" for door in plain]
     if trust:
         lines += [f"  certificate  for development only; to trust it: curl --cacert {trust} {urls[0]}"]
     else:
         lines += [f"  certificate  {settings.tls.cert}"]
-    return lines + _told_encryption(policy)
+    return lines
+
+
+def _address(host: str, listener: Listener) -> str:
+    name = host if host not in ("", "0.0.0.0", "::") else "localhost"  # noqa: S104  # shown, not bound
+    return listeners.address_text(name, listener.address[1])
 
 
 def _told_encryption(policy: HandoverPolicy) -> list[str]:
@@ -115,8 +157,8 @@ def _told_encryption(policy: HandoverPolicy) -> list[str]:
     return lines
 
 
-def _told_gate(root: DocumentRoot) -> list[str]:
-    if root.gate == "openat2":
+def _told_gate(sites: Sites) -> list[str]:
+    if all(site.root.gate == "openat2" for site in sites.all):
         return []
     return ["  files        opened name by name: this kernel has no openat2, or a filter (seccomp) forbids it; slower, as safe"]
 

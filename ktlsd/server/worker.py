@@ -6,13 +6,18 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
+from ktlsd.errors import RequestError
 from ktlsd.net.channel import Channel, HandoverPolicy
 from ktlsd.net.kernel import Kernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.net.listeners import Listener
+from ktlsd.net.plain import PlainChannel
 from ktlsd.net.poller import Event, Poller
 from ktlsd.net.tx_userspace import Scratch
 from ktlsd.server.connection import Connection, Services, Turn
@@ -22,6 +27,9 @@ _log = logging.getLogger("ktlsd")
 _ACCEPT_BURST: Final = 64  # connections taken before the others have their turn
 _ACCEPT_PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
 _NEVER: Final = float("inf")
+_THREADS: Final = 2  # for work that must not stop the loop
+_MAX_JOBS: Final = 64  # waiting or running; more are refused
+_JOB_DONE: Final = 0  # no signal has this number
 
 
 class Waker:
@@ -43,9 +51,12 @@ class Waker:
         """The end the interpreter does not write to."""
         return self._read.fileno()
 
-    def write(self, number: signal.Signals) -> None:
+    def write(self, number: int) -> None:
         """As if a signal had come; from any thread."""
-        self._write.send(bytes([number]))
+        try:
+            self._write.send(bytes([number]))
+        except BlockingIOError:
+            pass  # full: it wakes anyway
 
     def drain(self) -> bytes:
         """Return the numbers of the signals that came, b"" if none did."""
@@ -60,21 +71,28 @@ class Waker:
         self._write.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A way in: a listening socket, what is spoken behind it, and who answers. Without `context` there is no TLS."""
+
+    listener: Listener
+    context: ssl.SSLContext | None
+    services: Services
+
+
 class Worker:
-    """Accepts on `listeners` and serves until told to stop; `run` returns when the last connection has ended."""
+    """Accepts at its doors and serves until told to stop; `run` returns when the last connection has ended."""
 
     def __init__(
         self,
-        listeners: Sequence[Listener],
-        context: ssl.SSLContext,
+        doors: Sequence[Door],
         kernel: Kernel,
         policy: HandoverPolicy,
         services: Services,
         *,
         keylog: KeyLogPipe | None,
     ) -> None:
-        self._listeners = list(listeners)
-        self._context = context
+        self._doors = {door.listener: door for door in doors}
         self._kernel = kernel
         self._policy = policy
         self._services = services
@@ -84,6 +102,9 @@ class Worker:
         self._connections: dict[int, Connection] = {}
         self._accepting = False
         self._draining = False
+        self._threads = ThreadPoolExecutor(_THREADS, "ktlsd")
+        self._jobs_running = 0
+        self._jobs_done: deque[tuple[Connection, int]] = deque()
         self.waker = Waker()
 
     def run(self) -> None:
@@ -91,7 +112,7 @@ class Worker:
         self._poller.add(self.waker, level_triggered=True)
         self._start_accepting()
         now = time.monotonic()
-        while self._listeners or self._connections:
+        while self._doors or self._connections:
             ready = self._poller.wait(now)
             now = time.monotonic()
             for event in self._poller.events(ready, now):
@@ -109,13 +130,13 @@ class Worker:
     def _start_accepting(self) -> None:
         if not self._accepting and not self._draining:
             self._accepting = True
-            for listener in self._listeners:
+            for listener in self._doors:
                 self._poller.add(listener, level_triggered=True)
 
     def _stop_accepting(self) -> None:
         if self._accepting:
             self._accepting = False
-            for listener in self._listeners:
+            for listener in self._doors:
                 self._poller.remove(listener)
 
     def _accept(self, listener: Listener, now: float) -> None:
@@ -132,7 +153,7 @@ class Worker:
             if accepted is None:
                 return
             try:
-                self._welcome(*accepted, now)
+                self._welcome(*accepted, self._doors[listener], now)
             except (OSError, ssl.SSLError, MemoryError):  # epoll's or OpenSSL's limit: this client only
                 _log.exception("cannot take on a connection")
                 accepted[0].close()
@@ -146,9 +167,14 @@ class Worker:
         self.waker.deadline = min(self.waker.deadline, now + _ACCEPT_PAUSE)
         self._poller.reschedule(self.waker, self.waker.fileno())
 
-    def _welcome(self, sock: socket.socket, client: tuple[str, int], now: float) -> None:
-        channel = Channel(sock, Session(self._context), self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
-        connection = Connection(channel, client, self._services, now)
+    def _welcome(self, sock: socket.socket, client: tuple[str, int], door: Door, now: float) -> None:
+        channel: PlainChannel
+        if door.context is None:
+            channel = PlainChannel(sock, self._kernel)
+        else:
+            session = Session(door.context)
+            channel = Channel(sock, session, self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
+        connection = Connection(channel, client, door.services, now)
         self._connections[connection.fileno()] = connection
         self._services.metrics.count("connections")
         self._poller.add(connection)
@@ -167,6 +193,8 @@ class Worker:
             turn, complaint = Turn.CLOSED, None
         if complaint:
             _log.info("%s", complaint)
+        for stream_id, job in connection.take_jobs():
+            self._start(connection, stream_id, job, now)
         if turn is Turn.CLOSED:
             self._poller.forget(fd)
             self._connections.pop(fd, None)
@@ -177,10 +205,39 @@ class Worker:
             self._poller.again(connection)
         self._poller.reschedule(connection, fd)
 
+    # --- work for threads ------------------------------------------------------------------------------------------
+
+    def _start(self, connection: Connection, stream_id: int, job: Callable[[], None], now: float) -> None:
+        """Have a thread do what an answer waits for; at the limit the client is asked to come again."""
+        if self._jobs_running >= _MAX_JOBS:
+            connection.resume(stream_id, now, refusal=RequestError(503, "The server is at its limit; try again in a moment."))
+            self._poller.again(connection)
+            return
+        self._jobs_running += 1
+
+        def run() -> None:
+            try:
+                job()
+            except Exception:  # our bug; asked again, the request is answered without
+                _log.exception("a job failed")
+            self._jobs_done.append((connection, stream_id))
+            self.waker.write(_JOB_DONE)
+
+        self._threads.submit(run)
+
+    def _resume(self, now: float) -> None:
+        while self._jobs_done:
+            connection, stream_id = self._jobs_done.popleft()
+            self._jobs_running -= 1
+            if self._connections.get(connection.fileno()) is connection:
+                connection.resume(stream_id, now)
+                self._pump(connection, now, Event(connection))
+
     # --- stopping --------------------------------------------------------------------------------------------------
 
     def _woken(self, event: Event, now: float) -> None:
         stops = sum(number in (signal.SIGTERM, signal.SIGINT) for number in self.waker.drain())
+        self._resume(now)
         for _ in range(stops):
             if self._draining:
                 self._end_all("told twice to stop")
@@ -195,13 +252,13 @@ class Worker:
 
     def _drain(self, now: float) -> None:
         """Take what waits in the backlog, then no more; answer what has been asked, then end."""
-        for listener in self._listeners:
+        for listener in self._doors:
             self._accept(listener, now)
         self._stop_accepting()
         self._draining = True
-        for listener in self._listeners:
+        for listener in self._doors:
             listener.close()
-        self._listeners.clear()
+        self._doors.clear()
         _log.info("stopping: %d connections left", len(self._connections))
         self.waker.deadline = now + self._services.limits.drain_timeout
         self._poller.reschedule(self.waker, self.waker.fileno())
@@ -218,6 +275,7 @@ class Worker:
         self._connections.clear()
 
     def _close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
         self._services.access_log.close()
         if self._services.access_log.lost:
             self._services.metrics.count("log_lines_lost", self._services.access_log.lost)

@@ -1,0 +1,132 @@
+"""SHA-256 digests that somebody has computed before: `ktlsd hash`'s index, FILE.sha256, SHA256SUMS.
+
+A digest counts only for the file it was made of: the index has size and mtime, a sums file must not be older than the file
+it names. What was found is remembered for a few seconds, what was not found too: a small response must not cost three opens.
+"""
+
+import re
+import urllib.parse
+from collections import OrderedDict
+from typing import BinaryIO, Final
+
+from ktlsd.errors import RequestError
+from ktlsd.files.root import DocumentRoot
+from ktlsd.slices import OpenFile
+
+INDEX: Final = b".ktlsd-digests"  # in the root; hidden, so never served
+_SUMS: Final = b"SHA256SUMS"
+_MAX_SUMS: Final = 8 << 20  # bytes of a sums file
+_FRESH: Final = 10.0  # seconds for which an answer is not asked again
+_REMEMBERED: Final = 4096  # files
+_FOLDERS: Final = 16  # parsed sums files
+# "digest  name" and "digest *name" as sha256sum writes them; a backslash in front means escapes, which are passed over.
+_LINE: Final = re.compile(rb"^([0-9A-Fa-f]{64})(?: [ *](?:\./)?([^\n\r]+))?\r?$", re.MULTILINE)
+_MAX_INDEX_LINE: Final = 16_384  # bytes; a path is at most 4,096, every byte of it encoded three
+
+
+def index_line(path: bytes, size: int, mtime: int, digest: bytes) -> bytes:
+    """Return one line of the index: path (percent-encoded), size in bytes, mtime in seconds, SHA-256 in hex; tabs between."""
+    return b"%s\t%d\t%d\t%s\n" % (urllib.parse.quote_from_bytes(path, safe="/").encode(), size, mtime, digest.hex().encode())
+
+
+def parse_index_line(line: bytes) -> tuple[bytes, int, int, bytes] | None:
+    """Return (path, size, mtime, digest) of a line, None if it is none."""
+    try:
+        path, size, mtime, digest = line.rstrip(b"\n").split(b"\t")
+        found = urllib.parse.unquote_to_bytes(path), int(size), int(mtime), bytes.fromhex(digest.decode("ascii"))
+    except (ValueError, UnicodeDecodeError):
+        return None
+    return found if len(found[3]) == 32 else None
+
+
+class Digests:
+    """What is known of the files below one root."""
+
+    def __init__(self, root: DocumentRoot) -> None:
+        self._root = root
+        self._known: OrderedDict[tuple[bytes, int, int], tuple[float, bytes | None]] = OrderedDict()
+        self._sums: OrderedDict[bytes, tuple[float, int, dict[bytes, bytes]]] = OrderedDict()
+
+    def lookup(self, path: bytes, file: OpenFile, now: float) -> bytes | None:
+        """Return the SHA-256 (32 bytes) of an open file at `path` below the root, None if nobody has computed it."""
+        key = (path, file.size, file.mtime_ns)
+        known = self._known.get(key)
+        if known is not None and now - known[0] < _FRESH:
+            return known[1]
+        digest = self._find(path, file, now)
+        self._known[key] = (now, digest)
+        self._known.move_to_end(key)
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return digest
+
+    def _find(self, path: bytes, file: OpenFile, now: float) -> bytes | None:
+        indexed = self._in_index(path)
+        if indexed is not None and indexed[1:3] == (file.size, file.mtime_ns // 1_000_000_000):
+            return indexed[3]
+        folder, _, name = path.rpartition(b"/")
+        own = self._root.read_small(path + b".sha256", 1024)
+        if own is not None and own[0].mtime_ns >= file.mtime_ns:
+            match = _LINE.search(own[1])
+            if match is not None and match[2] in (None, name):
+                return bytes.fromhex(match[1].decode("ascii"))
+        changed, sums = self._sums_of(folder, now)
+        return sums.get(name) if changed >= file.mtime_ns else None
+
+    def _sums_of(self, folder: bytes, now: float) -> tuple[int, dict[bytes, bytes]]:
+        """Return when a folder's SHA256SUMS was changed (nanoseconds) and what it says."""
+        held = self._sums.get(folder)
+        if held is not None and now - held[0] < _FRESH:
+            return held[1:]
+        read = self._root.read_small(folder + b"/" + _SUMS if folder else _SUMS, _MAX_SUMS)
+        if read is None:
+            changed, sums = 0, dict[bytes, bytes]()
+        elif held is not None and held[1] == read[0].mtime_ns:
+            changed, sums = held[1:]
+        else:
+            changed = read[0].mtime_ns
+            sums = {match[2]: bytes.fromhex(match[1].decode("ascii")) for match in _LINE.finditer(read[1]) if match[2]}
+        self._sums[folder] = (now, changed, sums)
+        self._sums.move_to_end(folder)
+        if len(self._sums) > _FOLDERS:
+            self._sums.popitem(last=False)
+        return changed, sums
+
+    def _in_index(self, path: bytes) -> tuple[bytes, int, int, bytes] | None:
+        """Find a path's line by halving: the index is sorted and may be larger than memory."""
+        wanted = urllib.parse.quote_from_bytes(path, safe="/").encode() + b"\t"
+        try:
+            index = self._root.open(INDEX)
+        except (RequestError, OSError):
+            return None
+        if index is None:
+            return None
+        try:
+            with open(index.fd, "rb", buffering=1024, closefd=False) as lines:
+                return parse_index_line(line) if (line := _find_line(lines, wanted, index.size)) else None
+        except OSError:
+            return None
+        finally:
+            index.release()
+
+
+def _find_line(lines: BinaryIO, wanted: bytes, size: int) -> bytes:
+    """Return the line of a sorted file that starts with `wanted`, b"" if none does."""
+    low, high = 0, size
+    while low < high:  # the first line that is not before `wanted` starts at `low` or behind it, at `high` or before it
+        middle = (low + high) // 2
+        line = _line_behind(lines, middle)
+        if line and line < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    line = _line_behind(lines, low)
+    return line if line.startswith(wanted) else b""
+
+
+def _line_behind(lines: BinaryIO, offset: int) -> bytes:
+    """Return the first line that starts at `offset` or behind it, b"" at the end."""
+    lines.seek(max(offset - 1, 0))
+    if offset:
+        lines.readline(_MAX_INDEX_LINE)
+    return lines.readline(_MAX_INDEX_LINE)

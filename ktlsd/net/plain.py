@@ -1,0 +1,166 @@
+"""A connection without TLS, and the half of every connection that has nothing to do with TLS: the socket, order, the end."""
+
+import enum
+import socket
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from ktlsd.errors import PeerError
+from ktlsd.net.kernel import Kernel
+from ktlsd.net.tx_plain import PlainTx
+from ktlsd.net.tx_userspace import UserspaceTx
+from ktlsd.slices import Segment
+
+# More than a request needs; OpenSSL's memory BIO keeps the largest size it ever had, for every idle connection.
+_RECEIVE: Final = 16_384
+RECEIVES: Final = 8  # at most so many in one call: a peer that floods must not have the worker for itself
+
+
+class Mode(enum.Enum):
+    """Who encrypts what we send."""
+
+    HANDSHAKE = "handshake"
+    PLAIN = "plain"
+    USERSPACE = "userspace"
+    KERNEL = "kernel"
+
+
+class Closing(enum.IntEnum):
+    """How far `try_close` is."""
+
+    NO = 0
+    NOTIFIED = 1  # close_notify accepted; waiting until TCP has all
+    FINISHED = 2  # our direction ended; waiting for the peer's end
+
+
+class Facts(Protocol):
+    """What was agreed with the peer; "" and False without TLS."""
+
+    @property
+    def version_name(self) -> str:
+        """The TLS version, "TLSv1.3"."""
+
+    @property
+    def cipher_name(self) -> str:
+        """The suite's name."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the handshake was an abbreviated one."""
+
+    @property
+    def key_updates(self) -> int:
+        """How many KeyUpdates the peer has sent."""
+
+
+class _NoTls:
+    version_name = ""
+    cipher_name = ""
+    resumed = False
+    key_updates = 0
+
+
+class PlainChannel:
+    """One accepted TCP connection; what it says goes out as it is. The contract is in `net.channel`."""
+
+    __slots__ = ("_closing", "_ended", "_kernel", "_readable", "_sock", "_tx", "expiring", "facts", "mode", "why_userspace")
+
+    def __init__(self, sock: socket.socket, kernel: Kernel) -> None:
+        self._sock = sock
+        self._kernel = kernel
+        self._tx: UserspaceTx | PlainTx = PlainTx(sock, kernel)
+        self._closing = Closing.NO
+        self._readable = True  # the socket may hold input
+        self._ended = False  # TCP's end, or an error, stands behind it
+        self.facts: Facts = _NoTls()
+        self.mode = Mode.PLAIN
+        self.why_userspace = "no TLS on this port"
+        self.expiring = False  # the keys can't be renewed: finish the response, then close
+
+    def fileno(self) -> int:
+        """The socket's descriptor, -1 once closed."""
+        return self._sock.fileno()
+
+    @property
+    def has_input(self) -> bool:
+        """Whether a call stopped because it had received enough for one turn, and there may be more."""
+        return self._readable
+
+    def note_input(self, *, ended: bool) -> None:
+        """The poller saw an edge: there is input, and behind it the end if `ended`."""
+        self._readable = True
+        self._ended = self._ended or ended
+
+    def try_handshake(self) -> bool | None:
+        """There is none."""
+        return True
+
+    def try_receive(self) -> bytes | None:
+        """Return what came; b"" once the peer has ended its direction. None: would block. Raises PeerTruncated."""
+        return self._receive()
+
+    def _receive(self) -> bytes | None:
+        if not self._readable:
+            return None
+        data = self._kernel.receive(self._sock, _RECEIVE)
+        # A short read has emptied the socket, if not the end stands behind it; whatever comes later is a new edge.
+        if data is None or (0 < len(data) < _RECEIVE and not self._ended):
+            self._readable = False
+        return data
+
+    def try_send(self, segments: Sequence[Segment], *, body_bytes: int = 0) -> int | None:
+        """Send from the front of `segments`; return how many bytes were accepted, None if none could be."""
+        return self._tx.send(segments)
+
+    def try_flush(self) -> bool:
+        """Send on what was accepted and is still held here; whether nothing is. The kernel sends on by itself."""
+        return self._tx.flush()
+
+    # --- ending ----------------------------------------------------------------------------------------------------
+
+    def try_close(self) -> bool | None:
+        """Go on with closing: True when the socket can be dropped. None: call again when the socket or the clock says so.
+
+        Order (ktls.md §3.6): the last record closed, close_notify, everything in TCP, FIN, then input is read and thrown
+        away until the peer's end, because unread input at close would make TCP send RST and destroy the tail.
+        """
+        if self._closing is Closing.NO:
+            if not self._tx.notify_close():
+                return None
+            self._closing = Closing.NOTIFIED
+        if self._closing is Closing.NOTIFIED:
+            if not self._tx.all_taken():
+                return None
+            self._kernel.shutdown(self._sock)
+            self._closing = Closing.FINISHED
+        for _ in range(RECEIVES):
+            data = self._receive()
+            if data is None:
+                return None
+            if not data:
+                return True
+        return None
+
+    def unacknowledged(self) -> int:
+        """Return how many bytes TCP still has to bring to the peer."""
+        return self._kernel.unacknowledged(self._sock)
+
+    def say_goodbye(self, error: PeerError) -> None:
+        """Tell the peer what is wrong, if there is a way."""
+
+    def send_plain(self, data: bytes) -> None:
+        """Send bytes in the clear to a client that never spoke TLS; what doesn't go at once is dropped."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the peer has been told that this is the end: a `drop` now might destroy that, `try_close` does not."""
+        return self._closing is not Closing.NO
+
+    def abort(self) -> None:
+        """Close at once with RST, without close_notify: the peer can tell that something is missing."""
+        if self._sock.fileno() >= 0:
+            self._kernel.reset(self._sock)
+
+    def drop(self) -> None:
+        """Close the socket; what TCP has taken is still delivered."""
+        self._sock.close()
