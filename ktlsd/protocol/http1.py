@@ -4,29 +4,22 @@ The head of a request is read by hand: the rules are few, and here each has its 
 parser lets through (bare LF, obs-fold, a space before the colon, two lengths) is how requests are smuggled past a proxy.
 """
 
-import re
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
 from ktlsd.errors import RequestError
 from ktlsd.protocol.bodies import BodyDrain
+from ktlsd.protocol.http1_syntax import parse_fields, parse_request_line, target_and_host
 from ktlsd.protocol.messages import Completed, Refused, Request, Response, reason_phrase
 from ktlsd.slices import FileSlice, Segment
 
 MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
 MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
-MAX_FIELDS: Final = 100
 MAX_PIPELINED: Final = 4  # requests understood and not yet answered; more wait in the buffer
 MAX_BUFFERED: Final = MAX_HEAD + 4  # bytes; above it no more input is wanted
 MAX_DISCARDED: Final = 262_144  # bytes taken behind the last request and thrown away
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-# No part of it overlaps another: blanks are stripped afterwards, backtracking over them would be cubic.
-_FIELD: Final = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
-_HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]*)(?::\d{0,5})?")
 
 
 @dataclass(slots=True)
@@ -54,6 +47,7 @@ class Http1Connection:
         self._searched = 0  # the buffer holds no end of head before this
         self._exchanges: deque[_Exchange] = deque()
         self._body: BodyDrain | None = None
+        self._held: Request | None = None  # its body is still coming; its exchange is the last
         self._next_id = 1
         self._left = max_requests
         self._line = b""  # the last request line, for the log
@@ -68,7 +62,7 @@ class Http1Connection:
     @property
     def busy(self) -> bool:
         """Whether a response is owed or on its way."""
-        return bool(self._exchanges)
+        return len(self._exchanges) > (self._held is not None)
 
     @property
     def head_begun(self) -> bool:
@@ -100,28 +94,51 @@ class Http1Connection:
             return []
         self._buffer += data
         found: list[Request | Refused] = []
-        while len(self._exchanges) < MAX_PIPELINED and not self._refused:
+        while not self._refused:
             try:
                 if self._body is not None and not self._drop_body():
+                    break
+                if self._held is not None:
+                    found.append(self._held)
+                    self._held, self._line = None, b""
+                    continue
+                if self._exchanges and not self._exchanges[-1].keep_alive:
+                    self._take_no_more()  # what was pipelined behind it gets no answer (RFC 9112 §9.6)
+                    break
+                if len(self._exchanges) >= MAX_PIPELINED:
                     break
                 head = self._take_head()
                 if head is None:
                     break
-                found.append(self._parse(head))
+                request = self._parse(head)
+                if self._body is not None and not self._exchanges[-1].continue_wanted:
+                    self._held = request  # a request is whole when its body is
+                else:
+                    found.append(request)
+                    self._line = b""
             except RequestError as error:
-                found.append(self._refuse(error))
+                found += self._refuse(error)
         if self._draining and not self._exchanges and not self.head_begun and data:
             self.closing = True  # the rest of a body was all that was waited for
         return found
 
-    def give_up(self, error: RequestError) -> Refused:
-        """Refuse what has come of a request so far (408, 503): the answer goes out, then the connection closes."""
+    def give_up(self, error: RequestError) -> list[Request | Refused]:
+        """Refuse what has come of a request so far (408): answer what is returned; then the connection closes."""
         return self._refuse(error)
 
     def end_of_input(self) -> None:
         """The peer sends no more: answer what is whole, then close."""
-        self._refused = self._input_ended = True
+        self._input_ended = True
+        self._take_no_more()
+
+    def _take_no_more(self) -> None:
+        """Forget what has come of a request so far, and close behind the last response."""
+        self._refused = True
+        self._body = None
         self._buffer.clear()
+        if self._held is not None:
+            self._held = None
+            self._exchanges.pop()
         self._close_when_done()
 
     def drain(self, *, one_more: bool = False) -> None:
@@ -165,18 +182,12 @@ class Http1Connection:
             raise RequestError(414, f"The request line is longer than {MAX_REQUEST_LINE} bytes.")
         if len(head) > MAX_HEAD:
             raise RequestError(431, f"The header is larger than {MAX_HEAD} bytes.")
-        match = _REQUEST_LINE.fullmatch(line)
-        if match is None:
-            raise RequestError(400, "The request line is not METHOD TARGET HTTP/1.1.")
-        method, target, major, minor = match.groups()
-        if major != b"1":
-            raise RequestError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
-        http10 = minor == b"0"
-        headers = _parse_fields(rest)
+        method, target, http10 = parse_request_line(line)
+        headers = parse_fields(rest)
         values: dict[bytes, list[bytes]] = {}
         for name, value in headers:
             values.setdefault(name, []).append(value)
-        target, host = _target_and_host(method, target, values, http10=http10)
+        target, host = target_and_host(method, target, values, http10=http10)
         self._body = BodyDrain.for_request(values, http10=http10)
         keep_alive = self._persistent(values.get(b"connection", []), http10=http10)
         exchange = _Exchange(self._take_id(), keep_alive, method == b"HEAD", http10)
@@ -186,12 +197,6 @@ class Http1Connection:
                 raise RequestError(417, "The only expectation met here is 100-continue.")
             exchange.continue_wanted = self._body is not None and not self._buffer
         self._exchanges.append(exchange)
-        self._line = b""
-        if not keep_alive:
-            # What the client pipelined behind it gets no answer (RFC 9112 §9.6).
-            self._refused = True
-            self._body = None
-            self._buffer.clear()
         return Request(
             method=method.decode("ascii"),
             target=target,
@@ -209,15 +214,17 @@ class Http1Connection:
             return False
         return not http10 or b"keep-alive" in options
 
-    def _refuse(self, error: RequestError) -> Refused:
+    def _refuse(self, error: RequestError) -> list[Request | Refused]:
         """Answer with an error in its turn, and read no further: where the next request starts is not known any more."""
         line = self._line or bytes(self._buffer[:256]).partition(b"\r\n")[0]
-        self._refused = True
-        self._body = None
-        self._buffer.clear()
+        answered = self._body is not None and self._held is None
+        self._take_no_more()
+        if answered:
+            return []  # its answer is out or on its way (Expect): another one would be taken for the next request's
+        self.closing = False
         exchange = _Exchange(self._take_id(), keep_alive=False, head_only=line.startswith(b"HEAD "), http10=False)
         self._exchanges.append(exchange)
-        return Refused(error, exchange.stream_id, line)
+        return [Refused(error, exchange.stream_id, line)]
 
     def _drop_body(self) -> bool:
         """Throw a request's body away; True once all of it has come. Raises RequestError if it is malformed or too long."""
@@ -356,48 +363,3 @@ def _head(response: Response, exchange: _Exchange) -> bytes:
     if exchange.continue_wanted and response.status < 400:
         lines.insert(0, _CONTINUE)
     return b"".join(lines)
-
-
-def _parse_fields(rest: bytes) -> tuple[tuple[bytes, bytes], ...]:
-    """Return the field lines, names in lower case. Raises RequestError: 400 for a malformed one, 431 for too many."""
-    if not rest:
-        return ()
-    lines = rest.split(b"\r\n")
-    if len(lines) > MAX_FIELDS:
-        raise RequestError(431, f"There are more than {MAX_FIELDS} header fields.")
-    headers = []
-    for line in lines:
-        match = _FIELD.fullmatch(line)
-        if match is None:
-            raise RequestError(400, "A header line is malformed.")
-        name, value = match.groups()
-        headers.append((name.lower(), value.strip(b" \t")))
-    return tuple(headers)
-
-
-def _target_and_host(method: bytes, target: bytes, values: dict[bytes, list[bytes]], *, http10: bool) -> tuple[bytes, bytes]:
-    """Return the target in origin-form (or "*") and the host it is for (RFC 9112 §3.2). Raises RequestError(400)."""
-    hosts = values.get(b"host", [])
-    if len(hosts) > 1 or (not hosts and not http10):
-        raise RequestError(400, "There must be exactly one Host field.")
-    host = hosts[0] if hosts else b""
-    if not _HOST.fullmatch(host):
-        raise RequestError(400, "The Host field is not a host.")
-    if target.startswith(b"/"):
-        return target, host
-    if method == b"CONNECT":  # authority-form, RFC 9112 §3.2.3
-        if not _HOST.fullmatch(target):
-            raise RequestError(400, "The target of CONNECT is not HOST:PORT.")
-        return target, target
-    if target == b"*":
-        if method != b"OPTIONS":
-            raise RequestError(400, "The target * is for OPTIONS only.")
-        return target, host
-    scheme, separator, rest = target.partition(b"://")
-    if separator and scheme.lower() in (b"http", b"https"):
-        cut = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
-        authority, path = rest[:cut], rest[cut:]
-        if not authority or not _HOST.fullmatch(authority):
-            raise RequestError(400, "The target's host is not a host.")
-        return path if path.startswith(b"/") else b"/" + path, authority
-    raise RequestError(400, "The target is neither a path nor an http(s) URL.")

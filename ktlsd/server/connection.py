@@ -271,8 +271,8 @@ class Connection:
                 return
             raise Overdue("the client takes no data")
         if self._http.head_begun:
-            refused = self._http.give_up(RequestError(408, "The request did not arrive in time."))
-            self._answer(refused, now)
+            for refused in self._http.give_up(RequestError(408, "The request did not arrive in time.")):
+                self._answer(refused, now)
         else:
             self._http.end_of_input()
             self._services.metrics.count("closed_idle")

@@ -283,7 +283,7 @@ def test_a_failed_handshake_gets_its_alert(root):
 
 @pytest.mark.parametrize(
     ("before", "status"),
-    [(b"", None), (b"GET / HTTP/1.1\r\nHos", 408), (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab", 405)],
+    [(b"", None), (b"GET / HTTP/1.1\r\nHos", 408), (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab", 408)],
 )
 def test_idle_and_slow_clients_are_ended(root, before, status):
     with ThreadServer(root, None, limits=Limits(idle_timeout=0.2, header_timeout=0.2)) as server:

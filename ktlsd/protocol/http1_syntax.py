@@ -1,0 +1,69 @@
+"""The head of an HTTP/1.1 request, line by line (RFC 9112 §3, §5): each rule has its own answer and status. Pure functions."""
+
+import re
+from typing import Final
+
+from ktlsd.errors import RequestError
+
+MAX_FIELDS: Final = 100
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+# No part of it overlaps another: blanks are stripped afterwards, backtracking over them would be cubic.
+_FIELD: Final = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
+_HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]*)(?::\d{0,5})?")
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, bool]:
+    """Return method, target and whether it is HTTP/1.0. Raises RequestError: 400 if malformed, 505 for another version."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise RequestError(400, "The request line is not METHOD TARGET HTTP/1.1.")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise RequestError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+    return method, target, minor == b"0"
+
+
+def parse_fields(rest: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the field lines, names in lower case. Raises RequestError: 400 for a malformed one, 431 for too many."""
+    if not rest:
+        return ()
+    lines = rest.split(b"\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise RequestError(431, f"There are more than {MAX_FIELDS} header fields.")
+    headers = []
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            raise RequestError(400, "A header line is malformed.")
+        name, value = match.groups()
+        headers.append((name.lower(), value.strip(b" \t")))
+    return tuple(headers)
+
+
+def target_and_host(method: bytes, target: bytes, values: dict[bytes, list[bytes]], *, http10: bool) -> tuple[bytes, bytes]:
+    """Return the target in origin-form (or "*") and the host it is for (RFC 9112 §3.2). Raises RequestError(400)."""
+    hosts = values.get(b"host", [])
+    if len(hosts) > 1 or (not hosts and not http10):
+        raise RequestError(400, "There must be exactly one Host field.")
+    host = hosts[0] if hosts else b""
+    if not _HOST.fullmatch(host):
+        raise RequestError(400, "The Host field is not a host.")
+    if target.startswith(b"/"):
+        return target, host
+    if method == b"CONNECT":  # authority-form, RFC 9112 §3.2.3
+        if not _HOST.fullmatch(target):
+            raise RequestError(400, "The target of CONNECT is not HOST:PORT.")
+        return target, target
+    if target == b"*":
+        if method != b"OPTIONS":
+            raise RequestError(400, "The target * is for OPTIONS only.")
+        return target, host
+    scheme, separator, rest = target.partition(b"://")
+    if separator and scheme.lower() in (b"http", b"https"):
+        cut = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+        authority, path = rest[:cut], rest[cut:]
+        if not authority or not _HOST.fullmatch(authority):
+            raise RequestError(400, "The target's host is not a host.")
+        return path if path.startswith(b"/") else b"/" + path, authority
+    raise RequestError(400, "The target is neither a path nor an http(s) URL.")
