@@ -180,7 +180,8 @@ def test_percent_decoding_exactly_once(server, target, body):
 
 @pytest.mark.parametrize("target", [
     b"/..", b"/../file", b"/dir/../file", b"/%2e%2e/file", b"/.%2e/file", b"/dir/%2E%2E/%2E%2E/etc/passwd", b"/%00",
-    b"/file%00.html", b"/%", b"/%4", b"/%zz", b"/dir%2fa", b"/dir%5ca", b"/dir\\a", b"/%252e%252e/file", b"/..%c0%af..", b"/%c0%ae%c0%ae/file",
+    b"/file%00.html", b"/%", b"/%4", b"/%zz", b"/dir%2fa", b"/dir%5ca", b"/dir\\a", b"/%252e%252e/file", b"/..%c0%af..",
+    b"/%c0%ae%c0%ae/file",
 ])  # fmt: skip
 def test_no_path_steps_out(server, target):
     assert ask(server, get(target=target))[0] in (400, 404)
