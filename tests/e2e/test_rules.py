@@ -1,46 +1,24 @@
 """What a configuration can say about paths and names: rules, sites, passwords, signatures, plain ports."""
 
 import base64
-import datetime
 import json
 import os
-import socket
-import ssl
 import subprocess
 import time
 
 import bcrypt
 import pytest
-import trustme
 
 from ktlsd.server.auth import Signer, hash_password
-from ktlsd.settings import Files, Rule, Settings
-from tests import pki
+from ktlsd.settings import Rule
 from tests.client import Client, wait_until
+from tests.e2e.asking import ask, served
 from tests.e2e.test_program import ktlsd
-from tests.serving import ThreadServer, program
 
 
 @pytest.fixture
-def root(tmp_path):
-    folder = tmp_path / "root"
-    (folder / "private/sub").mkdir(parents=True)
-    for name in ("file", "a.iso", "page.html", "private/file", "private/sub/file", "404.html", "app.html"):
-        (folder / name).write_bytes(name.encode())
-    (folder / 'ünï "q".txt').write_bytes(b"odd")
-    return folder
-
-
-def served(root, *rules, **files):
-    return ThreadServer(root, None, settings=Settings(root=str(root), rule=rules, files=Files(**files)))
-
-
-def ask(server, target, **fields):
-    peer = Client(server.port)
-    try:
-        return peer.get(target, **fields)
-    finally:
-        peer.close()
+def root(tree):
+    return tree
 
 
 def test_headers_and_cache_control_by_path(root):
@@ -239,234 +217,6 @@ def test_a_weak_key_is_refused(root, tmp_path):
     (tmp_path / "k.toml").write_text('root = "root"\n[[rule]]\npath = "/**"\nsigned = "weak"\n')
     done = ktlsd("check", "k.toml", cwd=tmp_path)
     assert (done.returncode, "openssl rand" in done.stderr, done.stderr.count("\n")) == (2, True, 1)
-
-
-# --- sites, certificates, plain ports -----------------------------------------------------------------------------------------
-
-
-def write_pair(folder, name, *names, ca=None):
-    leaf = (ca or pki.authority()).issue_cert(*names, key_type=trustme.KeyType.ECDSA)
-    (folder / f"{name}.pem").write_bytes(b"".join(pem.bytes() for pem in leaf.cert_chain_pems))
-    leaf.private_key_pem.write_to_path(str(folder / f"{name}.key"))
-
-
-CONFIG = """
-listen = ["127.0.0.1:0"]
-[tls]
-cert = "cert.pem"
-key = "key.pem"
-hsts = 31536000
-hsts_subdomains = true
-[ktls]
-mode = "off"
-[[site]]
-names = ["localhost"]
-root = "root"
-[[site]]
-names = ["two.example", "*.two.example"]
-root = "two"
-cert = "two.pem"
-key = "two.key"
-[[http]]
-listen = ["127.0.0.1:0"]
-https_port = 8443
-acme = "acme"
-[[http]]
-listen = ["127.0.0.1:0"]
-action = "serve"
-"""
-
-
-@pytest.fixture
-def configured(root, tmp_path):
-    pki.write(tmp_path)
-    write_pair(tmp_path, "two", "two.example", "*.two.example")
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two/index.html").write_bytes(b"two")
-    (tmp_path / "acme/.well-known/acme-challenge").mkdir(parents=True)
-    (tmp_path / "acme/.well-known/acme-challenge/token").write_bytes(b"proof")
-    (tmp_path / "k.toml").write_text(CONFIG)
-    assert ktlsd("check", "k.toml", cwd=tmp_path).stdout == "k.toml: fine\n"
-    with program("--config", "k.toml", cwd=tmp_path) as server:
-        server.plain = [int(line.rsplit(":", 1)[1].strip(" /\n")) for line in server.told if "in the clear" in line]
-        server.folder = tmp_path
-        yield server
-        assert server.stop() == 0
-        assert "bug" not in server.stderr.read_text()
-
-
-def by_name(server, name):
-    context = ssl.create_default_context(cafile=str(server.folder / "ca.pem"))
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
-        with context.wrap_socket(sock, server_hostname=name) as tls:
-            tls.sendall(f"GET / HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
-            answer = b""
-            while data := tls.recv(65_536):
-                answer += data
-            names = [value for _, value in tls.getpeercert()["subjectAltName"]]
-    return names, answer
-
-
-def test_sites_have_their_own_certificates(configured):
-    names, answer = by_name(configured, "a.two.example")
-    assert "*.two.example" in names
-    assert answer.endswith(b"two")
-    names, answer = by_name(configured, "localhost")
-    assert "localhost" in names
-    assert b"Strict-Transport-Security: max-age=31536000; includeSubDomains" in answer
-
-
-def plain(port, request):
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-        sock.sendall(request)
-        answer = b""
-        while data := sock.recv(65_536):
-            answer += data
-    return answer
-
-
-def test_a_plain_port_redirects_to_https(configured):
-    redirecting, serving = configured.plain
-    ask = b"GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
-    answer = plain(redirecting, ask % (b"/a%20b?c=d", b"files.example:80"))
-    assert answer.startswith(b"HTTP/1.1 308 ")
-    assert b"Location: https://files.example:8443/a%20b?c=d\r\n" in answer
-    assert b"Location: https://[::1]:8443/\r\n" in plain(redirecting, ask % (b"/", b"[::1]:80"))
-    assert plain(redirecting, ask % (b"/.well-known/acme-challenge/token", b"x")).endswith(b"proof")
-    assert plain(redirecting, ask % (b"/.well-known/acme-challenge/gone", b"x")).startswith(b"HTTP/1.1 404 ")
-    assert b"308" in plain(redirecting, ask % (b"/.well-known/acme-challenge/../../file", b"x"))[:20]
-    assert plain(redirecting, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    assert plain(redirecting, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    assert plain(redirecting, ask % (b"/", b"evil\\@x")).startswith(b"HTTP/1.1 400 ")
-
-
-def test_a_plain_port_can_serve_in_the_clear(configured):
-    _, serving = configured.plain
-    (configured.folder / "root/big").write_bytes(os.urandom(3_000_001))
-    answer = plain(serving, b"GET /big HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 ")
-    assert b"Strict-Transport-Security" not in head
-    assert body == (configured.folder / "root/big").read_bytes()
-    subprocess.run(
-        ["curl", "-sSf", "-r", "5-", "-o", "out", f"http://localhost:{serving}/big"], cwd=configured.folder, check=True
-    )
-    assert (configured.folder / "out").read_bytes() == body[5:]
-
-
-def test_clients_show_a_certificate(root, tmp_path):
-    pki.write(tmp_path)
-    people, strangers = trustme.CA(), trustme.CA()
-    people.cert_pem.write_to_path(str(tmp_path / "people.pem"))
-    write_pair(tmp_path, "anna", "anna@example.org", ca=people)
-    write_pair(tmp_path, "eve", "eve@example.org", ca=strangers)
-    write_pair(tmp_path, "bert", "bert@example.org", ca=people)
-    revoke(tmp_path / "crl.pem", people, tmp_path / "bert.pem")
-    (tmp_path / "k.toml").write_text(
-        'root = "root"\nlisten = ["127.0.0.1:0"]\n[ktls]\nmode = "off"\n[tls]\ncert = "cert.pem"\nkey = "key.pem"\n'
-        'client_ca = "people.pem"\nclient_crl = "crl.pem"\n'
-    )
-    with program("--config", "k.toml", cwd=tmp_path) as server:
-
-        def curl(*args):
-            command = ["curl", "-sS", "--cacert", "ca.pem", "-o", "out", "-w", "%{http_code}", *args, f"{server.url}/file"]
-            return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-        assert curl("--cert", "anna.pem", "--key", "anna.key").stdout == "200"
-        for args in ([], ["--cert", "eve.pem", "--key", "eve.key"], ["--cert", "bert.pem", "--key", "bert.key"]):
-            assert curl(*args).returncode == 56
-        assert server.stop() == 0
-
-
-def revoke(path, ca, cert_path):
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-
-    issuer = x509.load_pem_x509_certificate(ca.cert_pem.bytes())
-    key = serialization.load_pem_private_key(ca.private_key_pem.bytes(), None)
-    bad = x509.load_pem_x509_certificate(cert_path.read_bytes())
-    now = datetime.datetime.now(datetime.UTC)
-    entry = x509.RevokedCertificateBuilder().serial_number(bad.serial_number).revocation_date(now).build()
-    builder = x509.CertificateRevocationListBuilder().issuer_name(issuer.subject).last_update(now - datetime.timedelta(days=1))
-    crl = builder.next_update(now + datetime.timedelta(days=1)).add_revoked_certificate(entry).sign(key, hashes.SHA256())
-    path.write_bytes(crl.public_bytes(serialization.Encoding.PEM))
-
-
-# --- digests ------------------------------------------------------------------------------------------------------------------
-
-
-def test_hash_makes_digests_that_are_tags(root, tmp_path):
-    import hashlib
-
-    done = ktlsd("hash", "root", cwd=tmp_path)
-    assert (done.returncode, done.stdout.split()[0]) == (0, "8")
-    digest = hashlib.sha256(b"a.iso")
-    with served(root) as server:
-        reply = ask(server, "/a.iso", Want_Repr_Digest="sha-256=1")
-        assert reply.headers["etag"] == f'"sha256-{digest.hexdigest()}"'
-        assert reply.headers["repr-digest"] == f"sha-256=:{base64.b64encode(digest.digest()).decode()}:"
-        odd = ask(server, "/%C3%BCn%C3%AF%20%22q%22.txt").headers["etag"]
-        assert odd == f'"sha256-{hashlib.sha256(b"odd").hexdigest()}"'
-        for name in ("file", "private/sub/file", "404.html", "page.html"):
-            assert ask(server, f"/{name}").headers["etag"] == f'"sha256-{hashlib.sha256(name.encode()).hexdigest()}"'
-        assert ask(server, "/.ktlsd-digests").status == 404
-        (root / "a.iso").write_bytes(b"A.ISO")  # same size
-        os.utime(root / "a.iso", (1, 1))
-        assert "sha256" not in ask(server, "/a.iso").headers["etag"], "a digest is dropped when the file is another"
-    with served(root, repr_digest=True) as server:
-        assert "repr-digest" in ask(server, "/file").headers
-    with served(root, digests=False) as server:
-        assert "sha256" not in ask(server, "/file").headers["etag"]
-
-
-def test_hash_goes_on_where_it_was_and_forgets_what_is_gone(root, tmp_path):
-    ktlsd("hash", "root", cwd=tmp_path)
-    lines = (root / ".ktlsd-digests").read_bytes().splitlines(keepends=True)
-    assert lines == sorted(lines)
-    (root / ".ktlsd-digests").unlink()
-    fake = lines[0].replace(lines[0].split(b"\t")[3], b"0" * 64 + b"\n")  # a result that is known is not computed again
-    (root / ".ktlsd-digests.part").write_bytes(fake + b"torn line without an end")
-    (root / "file").unlink()
-    (root / "new").write_bytes(b"new")
-    done = ktlsd("hash", "root", "--jobs", "2", cwd=tmp_path)
-    assert done.returncode == 0
-    again = (root / ".ktlsd-digests").read_bytes().splitlines(keepends=True)
-    assert again[0] == fake
-    assert {line.split(b"\t")[0] for line in again} == ({line.split(b"\t")[0] for line in lines} - {b"file"}) | {b"new"}
-    assert not (root / ".ktlsd-digests.part").exists()
-    assert ktlsd("hash", "gone", cwd=tmp_path).returncode == 2
-
-
-def test_sums_beside_the_files(root):
-    import hashlib
-
-    good = hashlib.sha256(b"a.iso").hexdigest()
-    (root / "SHA256SUMS").write_text(f"{good} *a.iso\n{'1' * 64}  file\nnonsense\n")
-    (root / "page.html.sha256").write_text("2" * 64 + "  page.html\n")
-    (root / "app.html.sha256").write_text("3" * 64 + "\n")
-    (root / "404.html.sha256").write_text("4" * 64 + "  another.html\n")
-    os.utime(root / "file", (time.time() + 60, time.time() + 60))
-    with served(root) as server:
-        tags = {
-            name: ask(server, f"/{name}").headers["etag"] for name in ("a.iso", "file", "page.html", "app.html", "404.html")
-        }
-    assert tags["a.iso"] == f'"sha256-{good}"'
-    assert "sha256" not in tags["file"], "changed after the sums were made"
-    assert tags["page.html"] == f'"sha256-{"2" * 64}"'
-    assert tags["app.html"] == f'"sha256-{"3" * 64}"'
-    assert "sha256" not in tags["404.html"], "another file's sum"
-
-
-def test_tags_survive_rsync_and_are_the_same_on_every_mirror(root, tmp_path):
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(root), str(copy)], check=True)
-    for source in (root / "file", root / "a.iso"):
-        os.utime(source, ns=(1_700_000_000_123_456_789, 1_700_000_000_123_456_789))
-        os.utime(copy / source.name, (1_700_000_000, 1_700_000_000))  # what rsync keeps
-    with served(root) as one, served(copy) as two:
-        for name in ("/file", "/a.iso"):
-            assert ask(one, name).headers["etag"] == ask(two, name).headers["etag"]
-            assert not ask(one, name).headers["etag"].startswith("W/")
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------------
