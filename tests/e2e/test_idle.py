@@ -16,13 +16,21 @@ from tests.serving import program
 IDLE = int(os.environ.get("KTLSD_TEST_IDLE", "500"))
 
 
+@pytest.fixture
+def descriptors():
+    """Enough of them for both ends, for this test only: what runs later inherits the limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], max(before[0], IDLE + 200)), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("descriptors")
 def test_idle_connections_are_cheap_and_stay_usable(tmp_path, capsys):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/small").write_bytes(b"small")
     pki.write(tmp_path)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, IDLE + 200), hard))
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     with program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", "off", cwd=tmp_path) as server:
         proc = Path(f"/proc/{server.process.pid}")
