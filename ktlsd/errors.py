@@ -59,7 +59,9 @@ class HandshakeFailed(PeerError):
 
 
 class PlainHttp(HandshakeFailed):
-    """The first bytes were an HTTP request, not a TLS record: `farewell` is for a plain-text answer."""
+    """The first bytes were an HTTP request, not a TLS record; `request` holds what came of it."""
+
+    request: bytes = b""
 
 
 class RecordError(PeerError):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ktlsd import uapi
-from ktlsd.errors import HandoverError, PeerAlert, PeerError, PeerTruncated, UnexpectedMessage
+from ktlsd.errors import HandoverError, PeerAlert, PeerError, PeerTruncated, PlainHttp, UnexpectedMessage
 from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import Kernel
@@ -89,6 +89,8 @@ class Channel(PlainChannel):
             try:
                 tx.queue(self.session.handshake(ciphertext))
             except PeerError as exc:
+                if isinstance(exc, PlainHttp):
+                    exc.request = ciphertext
                 self.say_goodbye(exc)
                 raise
             finally:

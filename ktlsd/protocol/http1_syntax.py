@@ -67,3 +67,25 @@ def target_and_host(method: bytes, target: bytes, values: dict[bytes, list[bytes
             raise RequestError(400, "The target's host is not a host.")
         return path if path.startswith(b"/") else b"/" + path, authority
     raise RequestError(400, "The target is neither a path nor an http(s) URL.")
+
+
+def plain_answer(request: bytes) -> bytes:
+    """Return the whole answer, in the clear, to a client that spoke HTTP where TLS is expected: 400 with the right address."""
+    line, _, rest = request.partition(b"\r\n")
+    where = b"https://"
+    try:
+        method, target, http10 = parse_request_line(line)
+        fields = parse_fields(rest.partition(b"\r\n\r\n")[0])
+        values: dict[bytes, list[bytes]] = {}
+        for name, value in fields:
+            values.setdefault(name, []).append(value)
+        target, host = target_and_host(method, target, values, http10=http10)
+        if host and target.startswith(b"/"):
+            where += host + target
+    except RequestError:
+        pass  # not even that is right; the advice is
+    page = b"This port speaks HTTPS. Use " + where + b"\n"
+    return (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
+        b"Content-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(page), page)
+    )

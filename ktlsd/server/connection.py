@@ -14,6 +14,7 @@ from ktlsd.files import plan
 from ktlsd.net.plain import Mode, PlainChannel
 from ktlsd.net.poller import Event
 from ktlsd.protocol.http1 import Http1Connection
+from ktlsd.protocol.http1_syntax import plain_answer
 from ktlsd.protocol.messages import Completed, Refused, Request, Response
 from ktlsd.server.accesslog import AccessLog, Entry, TlsFacts, timestamp
 from ktlsd.server.auth import Later
@@ -24,10 +25,6 @@ _BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the
 _RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
 _KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
 _CLOSE_TICK: Final = 0.05  # seconds between looks at what TCP still holds, doubling up to a second
-_PLAIN_ANSWER: Final = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 60\r\nConnection: close\r\n\r\n"
-    b"This port speaks HTTPS. Use https:// instead of http://.   \n"
-)
 
 
 class Answers(Protocol):
@@ -319,7 +316,7 @@ class Connection:
         """End the connection because of `error`; return a line for the log, None if nothing was lost."""
         stage = self._stage
         if isinstance(error, PlainHttp):
-            self._channel.send_plain(_PLAIN_ANSWER)
+            self._channel.send_plain(plain_answer(error.request))
         unfinished = self._abandon()
         if self._channel.told and stage is not _Stage.CLOSING:
             self._begin_closing(now)  # dropped with input unread, TCP would reset and destroy what was told
