@@ -43,6 +43,7 @@ _GONE_BEFORE_THE_FILE: Final = _LOST - {errno.EIO}  # which sendfile says of a d
 _RECORD_TYPE: Final = uapi.SOL_TLS, uapi.TLS_SET_RECORD_TYPE
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _BYTES_ACKED_AT: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked), u64, since 4.1
+_TCP_CLOSE: Final = 7  # tcpi_state, include/net/tcp_states.h
 _TCP_INFO_SIZE: Final = 128
 
 
@@ -74,7 +75,10 @@ class Kernel(Protocol):
         """Return how many bytes of the file were accepted, 0 at its end. Raises PeerTruncated, FileTruncated."""
 
     def taken_by_tcp(self, sock: socket.socket) -> int:
-        """Return how many bytes of the wire TCP has taken since the connection began, acknowledged or not."""
+        """Return how many bytes of the wire TCP has taken since the connection began, acknowledged or not.
+
+        Raises PeerTruncated for a connection that was reset: what it has not taken it never will.
+        """
 
     def unacknowledged(self, sock: socket.socket) -> int:
         """Return how many bytes TCP has taken that the peer has not acknowledged."""
@@ -177,6 +181,8 @@ class LinuxKernel:
 
 def _bytes_acked(sock: socket.socket) -> int:
     info = sock.getsockopt(uapi.SOL_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    if info[0] == _TCP_CLOSE:
+        raise PeerTruncated("connection lost: reset while it was being closed")
     return int(struct.unpack_from("=Q", info, _BYTES_ACKED_AT)[0])
 
 

@@ -63,7 +63,19 @@ class _NoTls:
 class PlainChannel:
     """One accepted TCP connection; what it says goes out as it is. The contract is in `net.channel`."""
 
-    __slots__ = ("_closing", "_ended", "_kernel", "_readable", "_sock", "_tx", "expiring", "facts", "mode", "why_userspace")
+    __slots__ = (
+        "_closing",
+        "_ended",
+        "_kernel",
+        "_over",
+        "_readable",
+        "_sock",
+        "_tx",
+        "expiring",
+        "facts",
+        "mode",
+        "why_userspace",
+    )
 
     def __init__(self, sock: socket.socket, kernel: Kernel) -> None:
         self._sock = sock
@@ -72,6 +84,7 @@ class PlainChannel:
         self._closing = Closing.NO
         self._readable = True  # the socket may hold input
         self._ended = False  # TCP's end, or an error, stands behind it
+        self._over = False  # and has been read
         self.facts: Facts = _NoTls()
         self.mode = Mode.PLAIN
         self.why_userspace = "no TLS on this port"
@@ -128,18 +141,26 @@ class PlainChannel:
             if not self._tx.notify_close():
                 return None
             self._closing = Closing.NOTIFIED
+        over = self._discard()
         if self._closing is Closing.NOTIFIED:
             if not self._tx.all_taken():
                 return None
             self._kernel.shutdown(self._sock)
             self._closing = Closing.FINISHED
+        return True if over else None
+
+    def _discard(self) -> bool:
+        """Read and throw away, so much in one call; whether the peer's end has come."""
         for _ in range(RECEIVES):
+            if self._over:
+                break
             data = self._receive()
             if data is None:
-                return None
+                return False
             if not data:
-                return True
-        return None
+                self._over = True
+                self._readable = False
+        return self._over
 
     def unacknowledged(self) -> int:
         """Return how many bytes TCP still has to bring to the peer."""

@@ -249,6 +249,22 @@ def test_a_response_of_very_many_segments_goes_out(root):
         pair.done()
 
 
+def test_a_client_that_resets_while_we_close_is_let_go_at_once(root, kernel):
+    """What TCP has not taken then it never will: there is nothing to wait for, and nothing to spin on."""
+    with ThreadServer(root, kernel, send_buffer=16_384, handover_bytes=0) as server:
+        for number in range(6):
+            peer = Client(server.port, receive_buffer=16_384)
+            peer.send(
+                b"GET /big HTTP/1.1\r\nHost: x\r\nRange: bytes=0-%d\r\nConnection: close\r\n\r\n" % (60_000 + 20_000 * number)
+            )
+            peer.head()
+            time.sleep(0.05)
+            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            peer.close()
+        wait_until(lambda: not server.worker._connections, 3)
+        assert server.metrics.counters["ended:bug"] == 0
+
+
 def test_sessions_are_resumed(root):
     with ThreadServer(root, None) as server:
         for version in ("TLSv1.2", "TLSv1.3"):
