@@ -363,6 +363,25 @@ def test_our_own_rekey_before_the_limit(mode, file):
     pair.done()
 
 
+def test_a_reset_while_the_kernel_still_holds_records_ends_the_closing(file):
+    """TCP will never take them: waiting would be for ever, and input left unread would make the worker spin."""
+    pair = Pair(FakeKernel(), HandoverPolicy(ALL_TAKEN, handover_bytes=0), send_buffer=4096, receive_buffer=4096)
+    segments = [FileSlice(file, 0, 200_000)]
+    while segments and (sent := pair.channel.try_send(segments)):
+        _advance(segments, sent)
+    assert not segments, "this kernel accepts all and holds it"
+    assert pair.channel.try_close() is None
+    pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    pair.sock.close()
+    pair.channel.note_input(ended=True)
+    with pytest.raises(PeerTruncated):
+        for _ in range(3):  # the first look may be at the reset, later ones at what it left
+            assert pair.channel.try_close() is None
+            assert not pair.channel.has_input
+    pair.channel.drop()
+    pair.keylog.close()
+
+
 def test_without_rekey_the_limit_ends_the_connection_after_the_response(file):
     pair = Pair(FakeKernel(rekey=False), HandoverPolicy(probe(FakeKernel(rekey=False)), handover_bytes=0, rekey_bytes=100_000))
     pair.send_all([FileSlice(file, 0, 300_000)])

@@ -164,10 +164,6 @@ class FakeKernel(LinuxKernel):
                     except PeerTruncated:
                         self._state(sock).pending.clear()
 
-    def taken_by_tcp(self, sock: socket.socket) -> int:
-        self._push(sock)
-        return super().taken_by_tcp(sock)
-
     def shutdown(self, sock: socket.socket) -> None:
         assert not self._state(sock).pending, "FIN while the kernel's TLS still holds records: they are lost"
         super().shutdown(sock)
