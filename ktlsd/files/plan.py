@@ -164,6 +164,8 @@ def plan_error(status: int, detail: str, request: Request | None = None) -> Resp
         response.headers.append((b"Vary", b"Accept"))
     if status == 405:
         response.headers.append((b"Allow", semantics.ALLOW))
+    if status == 503:
+        response.headers.append((b"Retry-After", b"2"))
     return response
 
 

@@ -74,7 +74,7 @@ def run(
 def _cpus(kernel: str) -> list[str]:
     """Two processors and the faster system call trap, for kernels that know of them."""
     told = subprocess.run([kernel, "--help"], capture_output=True, check=False).stdout
-    return ["ncpus=2", "seccomp=on"] if b"seccomp=" in told else []
+    return ["ncpus=1", "seccomp=on"] if b"seccomp=" in told else []
 
 
 if __name__ == "__main__":
