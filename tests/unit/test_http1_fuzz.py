@@ -16,10 +16,10 @@ from tests.corpus.requests import CORPUS
 
 EXAMPLES = int(os.environ.get("KTLSD_TEST_FUZZ", "400"))
 _WORDS = [
-    b"GET ", b"HEAD ", b"POST ", b"/", b"/a%20b?c", b"*", b"http://x/", b" HTTP/1.1", b" HTTP/1.0", b"\r\n", b"\r\n\r\n",
-    b"\n", b"\r", b"Host: x\r\n", b"Content-Length: ", b"5", b"0", b"99999", b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n",
-    b"Connection: close\r\n", b"Connection: keep-alive\r\n", b"0\r\n\r\n", b"5\r\nabcde\r\n", b";ext",
-    b": ", b" ", b"\t", b"\0", b"\xff",
+    b"GET ", b"HEAD ", b"POST ", b"/", b"/a%20b?c", b"*", b"http://x/", b" HTTP/1.1", b" HTTP/1.0", b"\r\n",
+    b"\r\n\r\n", b"\n", b"\r", b"Host: x\r\n", b"Content-Length: ", b"5", b"0", b"99999",
+    b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n", b"Connection: close\r\n",
+    b"Connection: keep-alive\r\n", b"0\r\n\r\n", b"5\r\nabcde\r\n", b";ext", b": ", b" ", b"\t", b"\x00", b"\xff",
 ]  # fmt: skip
 _streams = st.one_of(
     st.binary(max_size=300),
