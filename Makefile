@@ -9,6 +9,7 @@ APT    := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 TOOLS  := linux.uml:user-mode-linux curl:curl openssl:openssl wget:wget aria2c:aria2 nginx:nginx-light gnutls-cli:gnutls-bin strace:strace rclone:rclone
 DIR    ?= .sample
 LISTEN ?= localhost:8443
+SHOWN  := $(patsubst :%,localhost:%,$(patsubst *:%,localhost:%,$(patsubst 0.0.0.0:%,localhost:%,$(LISTEN))))
 
 .PHONY: help serve test lint bench clean
 
@@ -19,8 +20,9 @@ help:
 	@echo "make bench                                 CPU and system calls per GB; userspace mode against SSLSocket.sendall"
 
 serve: $(VENV)/.installed certs/localhost.pem $(if $(filter .sample,$(DIR)),.sample/SHA256SUMS)
-	@echo "To download:  curl --cacert $(CURDIR)/certs/ca.pem -O https://$(LISTEN)/$(if $(filter .sample,$(DIR)),big,FILE)"
-	@exec $(BIN)/ktlsd serve "$(DIR)" --listen $(LISTEN) --cert certs/localhost.pem --key certs/localhost.key
+	@[ -d "$(DIR)" ] || { echo "make serve: DIR=$(DIR) is no directory" >&2; exit 2; }
+	@echo "To download:  curl --cacert $(CURDIR)/certs/ca.pem -O https://$(SHOWN)/$(if $(filter .sample,$(DIR)),big,FILE)"
+	@exec $(BIN)/ktlsd serve "$(DIR)" --listen "$(LISTEN)" --cert certs/localhost.pem --key certs/localhost.key
 
 test: $(VENV)/.installed-test tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -73,7 +75,7 @@ certs/localhost.pem: | $(VENV)/.installed
 
 # Something to look at and something to download, for those who only want to try.
 .sample/SHA256SUMS:
-	@mkdir -p .sample
+	@mkdir -p .sample/docs
 	@head -c 268435456 /dev/urandom > .sample/big
-	@printf '<!doctype html><title>ktlsd</title><h1>It works</h1><p><a href="big">256 MiB of noise</a>, <a href="SHA256SUMS">its checksum</a></p>\n' > .sample/index.html
+	@printf '<!doctype html><title>ktlsd</title><h1>It works</h1><p><a href="../big">256 MiB of noise</a></p>\n' > .sample/docs/index.html
 	@cd .sample && sha256sum big > SHA256SUMS

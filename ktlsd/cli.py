@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from ktlsd import __version__, hashing
-from ktlsd.errors import KtlsdError, RequestError, SettingsError
+from ktlsd.errors import KtlsdError, RequestError, SettingsError, StartError
 from ktlsd.files.listing import human_size
 from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
@@ -24,6 +24,8 @@ from ktlsd.protocol.semantics import parse_path
 from ktlsd.server import run
 from ktlsd.server.auth import Signer, hash_password
 from ktlsd.settings import Settings, load_file, read_file, validate
+
+_SHOWN = 20  # problems told one by one
 
 
 def _errors_as_exit_status(command: Callable[..., None]) -> Callable[..., None]:
@@ -126,13 +128,17 @@ def hash_(directory: str, jobs: int) -> None:
     done = hashing.hash_tree(directory, jobs=jobs, report=report)
     if shown:
         print(file=sys.stderr)
-    print(f"{done.files - done.skipped} files known, {human_size(done.bytes)}")
-    if done.skipped:
-        print(f"ktlsd: {done.skipped} files could not be read or changed meanwhile; run it again", file=sys.stderr)
+    print(f"{done.known} files known, {human_size(done.bytes_known)}")
+    for problem in done.problems[:_SHOWN]:
+        print(f"ktlsd: {problem}", file=sys.stderr)
+    if len(done.problems) > _SHOWN:
+        print(f"ktlsd: and {len(done.problems) - _SHOWN} more", file=sys.stderr)
+    sys.exit(1 if done.problems else 0)
 
 
 @main.command()
 @click.argument("user")
+@_errors_as_exit_status
 def passwd(user: str) -> None:
     """Ask for a password and print the line for a password file (the key `auth` of a rule)."""
     if ":" in user or not user.isprintable():
@@ -141,6 +147,8 @@ def passwd(user: str) -> None:
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
     else:
         password = sys.stdin.readline().rstrip("\n")
+    if not password:
+        raise StartError("passwd: there is no password on standard input")
     print(f"{user}:{hash_password(password)}")
 
 
@@ -160,6 +168,8 @@ def sign(url: str, key: str, expires: int) -> None:
     except RequestError as error:
         raise click.UsageError(error.detail) from error
     query = Signer(key).query(parsed, int(time.time()) + expires)
+    if kept := path.partition("?")[2]:
+        query = f"{kept}&{query}"
     print(
         f"{scheme + separator + authority if separator else ''}{parsed.encoded(directory=parsed.is_directory).decode()}?{query}"
     )

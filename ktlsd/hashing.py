@@ -10,7 +10,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from ktlsd.errors import SettingsError, StartError
@@ -18,6 +18,7 @@ from ktlsd.files.digests import INDEX, index_line, parse_index_line
 
 _JOURNAL: Final = INDEX + b".part"
 _PIECE: Final = 1 << 20
+_CHANGED: Final = "changed while it was read; run it again"
 Facts = tuple[int, int]  # size in bytes, mtime in seconds
 
 
@@ -29,18 +30,20 @@ class Progress:
     files_done: int = 0
     bytes: int = 0
     bytes_done: int = 0
-    skipped: int = 0  # changed while being read, or unreadable
+    known: int = 0  # files whose digest is in the index
+    bytes_known: int = 0
+    problems: list[str] = field(default_factory=list)  # what could not be read, or changed meanwhile: one line each
 
 
 def hash_tree(directory: str, *, jobs: int, report: Callable[[Progress], None]) -> Progress:
     """Bring the index of `directory` up to date; `report` is called about once a second. Raises SettingsError, StartError."""
     top = os.fsencode(directory)
     if not os.path.isdir(top):
-        raise SettingsError(f"{directory}: no such directory")
+        raise SettingsError(f"{directory}: {'is a file' if os.path.exists(top) else 'no such directory'}; name a directory")
     known = {**_read(os.path.join(top, INDEX)), **_read(os.path.join(top, _JOURNAL))}
     progress = Progress()
     wanted: dict[bytes, Facts] = {}
-    for path, facts in _walk(top):
+    for path, facts in _walk(top, progress.problems):
         wanted[path] = facts
         progress.files += 1
         progress.bytes += facts[0]
@@ -57,24 +60,25 @@ def hash_tree(directory: str, *, jobs: int, report: Callable[[Progress], None]) 
     try:
         with open(os.path.join(top, _JOURNAL), "ab", buffering=0) as journal:
             for path, facts, digest in _hash_all(top, todo, jobs, progress, report):
-                if digest is None:
-                    progress.skipped += 1
+                if isinstance(digest, str):
+                    progress.problems.append(f"{os.fsdecode(path)!r}: {digest}")
                 else:
                     lines[path] = index_line(path, *facts, digest)
                     journal.write(lines[path])
         _replace(top, lines)
     except OSError as exc:
         raise StartError(f"{directory}: the index can't be written: {exc.strerror}") from exc
+    progress.known, progress.bytes_known = len(lines), sum(wanted[path][0] for path in lines)
     report(progress)
     return progress
 
 
 def _hash_all(
     top: bytes, todo: list[bytes], jobs: int, progress: Progress, report: Callable[[Progress], None]
-) -> Iterator[tuple[bytes, Facts, bytes | None]]:
+) -> Iterator[tuple[bytes, Facts, bytes | str]]:
     last = time.monotonic()
     rest = iter(todo)
-    running: set[Future[tuple[bytes, Facts, bytes | None]]] = set()
+    running: set[Future[tuple[bytes, Facts, bytes | str]]] = set()
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while True:
@@ -94,12 +98,12 @@ def _hash_all(
             raise
 
 
-def _hash_one(top: bytes, path: bytes, progress: Progress) -> tuple[bytes, Facts, bytes | None]:
-    """Hash one file; None if it can't be read or is not the same before and after."""
+def _hash_one(top: bytes, path: bytes, progress: Progress) -> tuple[bytes, Facts, bytes | str]:
+    """Hash one file; return in place of the digest why there is none."""
     try:
         fd = os.open(os.path.join(top, path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return path, (0, 0), None
+    except OSError as exc:
+        return path, (0, 0), os.strerror(exc.errno or 0)
     try:
         before = os.fstat(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -108,15 +112,19 @@ def _hash_one(top: bytes, path: bytes, progress: Progress) -> tuple[bytes, Facts
             digest.update(data)  # gives the interpreter to the others meanwhile
             progress.bytes_done += len(data)
         after = os.fstat(fd)
-    except OSError:
-        return path, (0, 0), None
+    except OSError as exc:
+        return path, (0, 0), os.strerror(exc.errno or 0)
     finally:
         os.close(fd)
     same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-    return path, (after.st_size, after.st_mtime_ns // 1_000_000_000), digest.digest() if same else None
+    return (
+        path,
+        (after.st_size, after.st_mtime_ns // 1_000_000_000),
+        digest.digest() if same else _CHANGED,
+    )
 
 
-def _walk(top: bytes) -> Iterator[tuple[bytes, Facts]]:
+def _walk(top: bytes, problems: list[str]) -> Iterator[tuple[bytes, Facts]]:
     """Yield what a server of `top` would serve: regular files, without hidden ones and links (their targets come anyway)."""
     folders = [b""]
     while folders:
@@ -133,8 +141,8 @@ def _walk(top: bytes) -> Iterator[tuple[bytes, Facts]]:
                         folders.append(path)
                     elif stat.S_ISREG(facts.st_mode):
                         yield path, (facts.st_size, facts.st_mtime_ns // 1_000_000_000)
-        except OSError:
-            continue  # gone, or not ours to read: nor could it be served
+        except OSError as exc:
+            problems.append(f"{os.fsdecode(folder or top)!r}: {exc.strerror}")
 
 
 def _read(file: bytes) -> dict[bytes, tuple[Facts, bytes]]:

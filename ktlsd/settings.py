@@ -3,10 +3,11 @@
 The only place that knows the names of flags and keys. Command line beats file beats default.
 """
 
+import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -38,7 +39,8 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     minimum: Literal["TLSv1.2", "TLSv1.3"] = "TLSv1.2"
     client_ca: str | None = None  # PEM; clients are asked for a certificate that one of these has issued
     client_crl: str | None = None  # PEM; certificates that are no longer taken
-    client_auth: Literal["require", "request"] = "require"  # request: without a certificate is fine, with a bad one is not
+    # With client_ca, "require" if absent; request: without a certificate is fine, with a bad one is not.
+    client_auth: Literal["require", "request"] | None = None
     hsts: Annotated[int, msgspec.Meta(ge=0, le=63_072_000)] | None = None  # Strict-Transport-Security: max-age, seconds
     hsts_subdomains: bool = False
     tickets: Annotated[int, msgspec.Meta(ge=0, le=8)] = 2  # TLS 1.3 session tickets sent after a full handshake
@@ -90,7 +92,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signed: str | None = None  # a key file: only addresses signed with it, and not expired, are served (`ktlsd sign`)
     cors: tuple[str, ...] | None = None  # origins that scripts may read from; "*" for all
     redirect: str | None = None  # where to; {path} and {query} stand for the request's
-    status: Literal[301, 302, 303, 307, 308] = 302  # of the redirect
+    status: Literal[301, 302, 303, 307, 308] | None = None  # of the redirect, 302 if absent
     try_files: tuple[str, ...] | None = None  # tried in this order; {path} stands for the request's
 
 
@@ -183,13 +185,44 @@ def read_file(path: str) -> Settings:
         settings = msgspec.toml.decode(text, type=Settings)
     except msgspec.ValidationError as exc:
         reason, _, where = str(exc).partition(" - at `$")
-        raise SettingsError(f"{path}: {where.rstrip('`').lstrip('.') or 'top level'}: {reason}") from exc
+        where = where.rstrip("`").lstrip(".")
+        raise SettingsError(f"{path}: {where or 'top level'}: {_explained(reason, where)}") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise SettingsError(f"{path}: not TOML: {exc}") from exc
     except RecursionError as exc:
         raise SettingsError(f"{path}: not TOML: nested too deeply") from exc
     anchored: Settings = _anchor(settings, Path(path).resolve().parent)
     return anchored
+
+
+def _explained(reason: str, where: str) -> str:
+    """Return msgspec's reason with what to do about it."""
+    reason = reason.replace(" | null`", "`")
+    kind: Any = Settings
+    for step in re.findall(r"[a-z_]+", where):  # from the whole to the part that is wrong
+        kind = get_type_hints(kind).get(step) if isinstance(kind, type) else None
+        kind = next((each for each in _flat(kind) if isinstance(each, type) and issubclass(each, msgspec.Struct)), kind)
+    if reason.startswith("Invalid enum value"):
+        values = [value for each in _flat(kind) if get_origin(each) is Literal for value in get_args(each)]
+        only = "this release has only" if len(values) == 1 else "it is one of"
+        return f"{reason}; {only} {', '.join(map(repr, values))}"
+    if match := re.search(r"unknown field `(.*)`", reason):
+        fields = kind.__struct_fields__ if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else ()
+        near = difflib.get_close_matches(match[1], fields, 1)
+        return f"{reason}; did you mean {near[0]}?" if near else f"{reason}; its keys are {', '.join(fields)}"
+    if "Expected `array`, got `object`" in reason:
+        return f"{reason}; write [[{where}]]"
+    if "Expected `array`, got" in reason:
+        return f'{reason}; write a list: {where.rpartition(".")[2]} = ["…"]'
+    return reason
+
+
+def _flat(kind: Any) -> list[Any]:
+    """Return a type and everything it is made of."""
+    parts = [kind]
+    for each in () if get_origin(kind) is Literal else get_args(kind):
+        parts += _flat(each)
+    return parts
 
 
 # Keys whose values are names of files or folders, relative to the configuration file.
@@ -225,10 +258,16 @@ def validate(settings: Settings) -> None:
         raise SettingsError("tls.alpn: is empty; leave it out or name http/1.1")
     _check_file("tls.client_ca", tls.client_ca)
     _check_file("tls.client_crl", tls.client_crl)
-    if tls.client_crl and not tls.client_ca:
-        raise SettingsError("tls.client_crl: means nothing without tls.client_ca")
+    for name, value in (("client_crl", tls.client_crl), ("client_auth", tls.client_auth)):
+        if value is not None and tls.client_ca is None:
+            raise SettingsError(f"tls.{name}: means nothing without tls.client_ca")
+    if tls.hsts_subdomains and tls.hsts is None:
+        raise SettingsError("tls.hsts_subdomains: means nothing without tls.hsts")
+    access = settings.log.access
+    if access not in (None, "-") and not os.path.isdir(os.path.dirname(access or "") or "."):
+        raise SettingsError(f"log.access: {access}: there is no such folder; create it")
     if settings.root is not None and not os.path.isdir(settings.root):
-        raise SettingsError(f"root: {settings.root}: no such directory")
+        raise SettingsError(f"root: {settings.root}: {_why_no_directory(settings.root)}")
     _check_files("files.", settings.files)
     _check_rules("", settings.rule)
     if settings.rule and settings.site and settings.root is None:
@@ -241,9 +280,21 @@ def validate(settings: Settings) -> None:
                 raise SettingsError(f"http[{number}].{exc}") from exc
         if http.acme is not None and not os.path.isdir(http.acme):
             raise SettingsError(f"http[{number}].acme: {http.acme}: no such directory")
+    _check_addresses(settings)
     seen: dict[str, int] = {}
     for number, site in enumerate(settings.site):
         _check_site(number, site, seen)
+
+
+def _check_addresses(settings: Settings) -> None:
+    taken: set[tuple[str, int]] = set()
+    named = [("listen", text) for text in settings.listen]
+    named += [(f"http[{number}].listen", text) for number, http in enumerate(settings.http) for text in http.listen]
+    for name, text in named:
+        address = parse_listen(text)
+        if address[1] and address in taken:
+            raise SettingsError(f"{name}: {text} is there twice")
+        taken.add(address)
 
 
 def _check_site(number: int, site: Site, seen: dict[str, int]) -> None:
@@ -255,7 +306,7 @@ def _check_site(number: int, site: Site, seen: dict[str, int]) -> None:
             raise SettingsError(f"{where}names: {name} is site[{seen[name.lower()]}]'s already")
         seen[name.lower()] = number
     if not os.path.isdir(site.root):
-        raise SettingsError(f"{where}root: {site.root}: no such directory")
+        raise SettingsError(f"{where}root: {site.root}: {_why_no_directory(site.root)}")
     _check_pair(where, site.cert, site.key)
     if site.alpn == ():
         raise SettingsError(f"{where}alpn: is empty; leave it out or name http/1.1")
@@ -271,6 +322,10 @@ _FRAMING: Final = frozenset(
     ("content-length", "transfer-encoding", "connection", "date", "content-range", "content-encoding", "etag", "trailer")
 )
 _MEDIA_TYPE: Final = re.compile(r"[\w.+!#$&^-]+/[\w.+!#$&^-]+(?:[ \t]*;[\t\x20-\x7e]*)?")
+
+
+def _why_no_directory(path: str) -> str:
+    return "is a file; name the directory it is in" if os.path.exists(path) else "no such directory"
 
 
 def _check_pair(where: str, cert: str | None, key: str | None) -> None:
@@ -320,6 +375,8 @@ def _check_rules(where: str, rules: tuple[Rule, ...]) -> None:
         if rule.redirect is not None and not re.match(r"/|https?://", rule.redirect):
             raise SettingsError(f"{at}redirect: {rule.redirect!r} is neither a path nor an http(s) address")
         _check_value(f"{at}redirect", rule.redirect)
+        if rule.status is not None and rule.redirect is None:
+            raise SettingsError(f"{at}status: means nothing without redirect")
         for candidate in rule.try_files or ():
             if not candidate.startswith(("/", "{path}")):
                 raise SettingsError(f"{at}try_files: {candidate!r} starts neither with / nor with {{path}}")

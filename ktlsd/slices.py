@@ -9,12 +9,13 @@ from dataclasses import dataclass
 class OpenFile:
     """An open regular file and the facts of one fstat, shared by the slices that are cut from it.
 
-    `size` is bytes, `mtime_ns` nanoseconds since the epoch. The descriptor closes when the last holder lets go.
+    `size` is bytes, `mtime_ns` and `ctime_ns` nanoseconds since the epoch. The descriptor closes when the last holder lets go.
     """
 
     fd: int
     size: int
     mtime_ns: int
+    ctime_ns: int = 0  # when its inode last changed: nobody can set that back
     holders: int = 1
     close_fd: Callable[[int], None] = os.close
 

@@ -1,12 +1,14 @@
 """SHA-256 digests that somebody has computed before: `ktlsd hash`'s index, FILE.sha256, SHA256SUMS.
 
-A digest counts only for the file it was made of: the index has size and mtime, a sums file must not be older than the file
-it names. What was found is remembered for a few seconds, what was not found too: a small response must not cost three opens.
+A digest counts only for the file it was made of: the index has size and mtime; a sums file has neither, so the file must not
+have been touched since, and ctime tells that: a file moved into place with an old mtime has a new ctime. What was found is
+remembered for a few seconds, what was not found too: a small response must not cost three opens.
 """
 
 import re
 import urllib.parse
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 from ktlsd.errors import RequestError
@@ -39,17 +41,31 @@ def parse_index_line(line: bytes) -> tuple[bytes, int, int, bytes] | None:
     return found if len(found[3]) == 32 else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """A folder's SHA256SUMS: when it was read (monotonic seconds), the facts of the file, digests by name."""
+
+    read_at: float
+    file: OpenFile | None
+    digests: dict[bytes, bytes]
+
+
+def _is_newer(sums: OpenFile, file: OpenFile) -> bool:
+    """Whether `file` has not been touched since `sums` was written."""
+    return sums.mtime_ns >= file.mtime_ns and sums.ctime_ns >= file.ctime_ns
+
+
 class Digests:
     """What is known of the files below one root."""
 
     def __init__(self, root: DocumentRoot) -> None:
         self._root = root
-        self._known: OrderedDict[tuple[bytes, int, int], tuple[float, bytes | None]] = OrderedDict()
-        self._sums: OrderedDict[bytes, tuple[float, int, dict[bytes, bytes]]] = OrderedDict()
+        self._known: OrderedDict[tuple[bytes, int, int, int], tuple[float, bytes | None]] = OrderedDict()
+        self._sums: OrderedDict[bytes, _Sums] = OrderedDict()
 
     def lookup(self, path: bytes, file: OpenFile, now: float) -> bytes | None:
         """Return the SHA-256 (32 bytes) of an open file at `path` below the root, None if nobody has computed it."""
-        key = (path, file.size, file.mtime_ns)
+        key = (path, file.size, file.mtime_ns, file.ctime_ns)
         known = self._known.get(key)
         if known is not None and now - known[0] < _FRESH:
             return known[1]
@@ -66,31 +82,31 @@ class Digests:
             return indexed[3]
         folder, _, name = path.rpartition(b"/")
         own = self._root.read_small(path + b".sha256", 1024)
-        if own is not None and own[0].mtime_ns >= file.mtime_ns:
+        if own is not None and _is_newer(own[0], file):
             match = _LINE.search(own[1])
             if match is not None and match[2] in (None, name):
                 return bytes.fromhex(match[1].decode("ascii"))
-        changed, sums = self._sums_of(folder, now)
-        return sums.get(name) if changed >= file.mtime_ns else None
+        sums = self._sums_of(folder, now)
+        return sums.digests.get(name) if sums.file is not None and _is_newer(sums.file, file) else None
 
-    def _sums_of(self, folder: bytes, now: float) -> tuple[int, dict[bytes, bytes]]:
-        """Return when a folder's SHA256SUMS was changed (nanoseconds) and what it says."""
+    def _sums_of(self, folder: bytes, now: float) -> "_Sums":
+        """Return what a folder's SHA256SUMS says."""
         held = self._sums.get(folder)
-        if held is not None and now - held[0] < _FRESH:
-            return held[1:]
+        if held is not None and now - held.read_at < _FRESH:
+            return held
         read = self._root.read_small(folder + b"/" + _SUMS if folder else _SUMS, _MAX_SUMS)
         if read is None:
-            changed, sums = 0, dict[bytes, bytes]()
-        elif held is not None and held[1] == read[0].mtime_ns:
-            changed, sums = held[1:]
+            sums = _Sums(now, None, {})
+        elif held is not None and held.file is not None and held.file.ctime_ns == read[0].ctime_ns:
+            sums = _Sums(now, read[0], held.digests)
         else:
-            changed = read[0].mtime_ns
-            sums = {match[2]: bytes.fromhex(match[1].decode("ascii")) for match in _LINE.finditer(read[1]) if match[2]}
-        self._sums[folder] = (now, changed, sums)
+            found = {match[2]: bytes.fromhex(match[1].decode("ascii")) for match in _LINE.finditer(read[1]) if match[2]}
+            sums = _Sums(now, read[0], found)
+        self._sums[folder] = sums
         self._sums.move_to_end(folder)
         if len(self._sums) > _FOLDERS:
             self._sums.popitem(last=False)
-        return changed, sums
+        return sums
 
     def _in_index(self, path: bytes) -> tuple[bytes, int, int, bytes] | None:
         """Find a path's line by halving: the index is sorted and may be larger than memory."""

@@ -69,6 +69,8 @@ def human_size(size: int) -> str:
     value, unit = float(size), 0
     while value >= 1023.95 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
+    if size == 1:
+        return "1 byte"
     return f"{size} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 

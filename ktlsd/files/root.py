@@ -40,7 +40,7 @@ class DocumentRoot:
         except OSError as exc:
             remedy = {
                 errno.ENOENT: "create it or name another directory",
-                errno.ENOTDIR: "name the directory it is in",
+                errno.ENOTDIR: "it is a file; name the directory it is in",
                 errno.EACCES: "give the user ktlsd runs as read and execute permission (chmod o+rx)",
             }.get(exc.errno or 0, "name another directory")
             raise SettingsError(f"root: {path}: {exc.strerror}; {remedy}") from exc
@@ -64,7 +64,7 @@ class DocumentRoot:
             raise _refusal(exc) from exc
         facts = os.fstat(fd)
         if stat.S_ISREG(facts.st_mode):
-            return OpenFile(fd, facts.st_size, facts.st_mtime_ns)
+            return OpenFile(fd, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         os.close(fd)
         if stat.S_ISDIR(facts.st_mode):
             return None
@@ -106,7 +106,7 @@ class DocumentRoot:
             os.close(fd)
 
     def _entry(self, name: bytes, item: "os.DirEntry[str]", fd: int, path: bytes) -> Entry | None:
-        if name.startswith(b"."):
+        if name.startswith(b".") or b"\\" in name:  # which no request can name
             return None
         try:
             if item.is_symlink():  # through the gate, like a request for it
@@ -158,7 +158,7 @@ def _refusal(exc: OSError) -> Exception:
     if exc.errno in _NOT_FOUND:
         return RequestError(404, "There is no such file.")
     if exc.errno in (errno.EACCES, errno.EPERM):
-        return RequestError(403, "This file may not be read.")
+        return RequestError(403, "This may not be read.")
     if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY):
         return RequestError(503, "The server is at its limit; try again in a moment.")
     if exc.errno in (errno.EIO, errno.ESTALE, errno.EOVERFLOW):

@@ -69,6 +69,7 @@ class AccessLog:
         self._torn = False  # the last line in the file is not whole
         self._form = _json_line if form == "json" else _combined_line
         self._fd = -1
+        self._path = target if target not in (None, "-") else None
         self._room: Room | None = None
         self.lost = 0  # lines that could not be written
         if target == "-":
@@ -115,6 +116,20 @@ class AccessLog:
             keep = self._unwritten.index(b"\n") + 1  # it may have been begun
             self._lose(data[keep:], "its reader takes nothing")
             self._unwritten = self._unwritten[:keep]
+
+    def reopen(self) -> None:
+        """Go on in a file of the same name: the old one has been moved away by whoever rotates logs."""
+        if self._path is None:
+            return
+        self.flush()
+        try:
+            fresh = os.open(self._path, _FLAGS, 0o640)
+        except OSError as exc:
+            _log.warning("access log %s: cannot be opened anew: %s; going on in the old file", self._path, exc.strerror)
+            return
+        os.dup2(fresh, self._fd, inheritable=False)
+        os.close(fresh)
+        self._torn = False
 
     def _lose(self, data: memoryview, why: str) -> None:
         if not self.lost:

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -18,7 +19,9 @@ import bcrypt
 from ktlsd.errors import SettingsError
 from ktlsd.protocol.semantics import Path
 
+_log = logging.getLogger("ktlsd")
 _REMEMBERED: Final = 1024  # verdicts
+_LOOK_EVERY: Final = 2.0  # seconds between looks at the file
 _YES_FOR: Final = 300.0  # seconds until a right password is verified again
 _NO_FOR: Final = 5.0
 _SCRYPT: Final = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/.]+)\$([A-Za-z0-9+/.]{43})")
@@ -39,6 +42,9 @@ class Passwords:
 
     def __init__(self, file: str) -> None:
         """Raises SettingsError with file, line and reason."""
+        self._file = file
+        self._version = _version(file)
+        self._looked = 0.0  # monotonic seconds
         self._hashes = _read_hashes(file)
         self._nobody = hash_password(secrets.token_hex(8))  # what unknown users are compared with: as slow as the others
         self._key = os.urandom(32)
@@ -49,11 +55,27 @@ class Passwords:
         credentials = _credentials(authorization)
         if credentials is None:
             return False
+        if now - self._looked >= _LOOK_EVERY:
+            self._look_again(now)
         key = hmac.digest(self._key, b"\0".join(credentials), "sha256")
         verdict = self._verdicts.get(key)
         if verdict is not None and now < verdict[0]:
             return verdict[1]
         return Later(lambda: self._verify(key, *credentials))
+
+    def _look_again(self, now: float) -> None:
+        """Read the file again if it is another; one that will not do is told once and the old one kept."""
+        self._looked = now
+        version = _version(self._file)
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self._hashes = _read_hashes(self._file)
+        except SettingsError as exc:
+            _log.warning("%s; the passwords read before stay in use", exc)
+        else:
+            self._verdicts.clear()
 
     def _verify(self, key: bytes, user: bytes, password: bytes) -> None:
         """Compute the verdict; in a thread (one assignment to the dictionary, which is atomic)."""
@@ -62,6 +84,15 @@ class Passwords:
         while len(self._verdicts) >= _REMEMBERED:
             self._verdicts.popitem(last=False)
         self._verdicts[key] = (time.monotonic() + (_YES_FOR if right else _NO_FOR), right)
+
+
+def _version(file: str) -> tuple[int, int, int] | None:
+    """Return what tells one state of a file from another, None if it can't be seen."""
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_ino, facts.st_size
 
 
 def _credentials(authorization: bytes | None) -> tuple[bytes, bytes] | None:

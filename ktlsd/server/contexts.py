@@ -7,6 +7,7 @@ import msgspec
 from ktlsd.errors import SettingsError
 from ktlsd.settings import Settings, Tls
 
+_MAX_PEM = 1 << 20  # bytes
 _MINIMUM = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
 
 # Only suites with forward secrecy and an AEAD, and of those only ciphers the kernel can take over. AES-128 first: it is the
@@ -72,7 +73,7 @@ def build_context(tls: Tls) -> ssl.SSLContext:
 
 def _ask_for_certificates(context: ssl.SSLContext, tls: Tls) -> None:
     """Ask clients for a certificate (mutual TLS); revoked ones are refused where a list is given."""
-    context.verify_mode = ssl.CERT_REQUIRED if tls.client_auth == "require" else ssl.CERT_OPTIONAL
+    context.verify_mode = ssl.CERT_OPTIONAL if tls.client_auth == "request" else ssl.CERT_REQUIRED
     for name, file in (("client_ca", tls.client_ca), ("client_crl", tls.client_crl)):
         if file is None:
             continue
@@ -87,12 +88,14 @@ def _ask_for_certificates(context: ssl.SSLContext, tls: Tls) -> None:
 
 
 def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
-    for name, file in (("certificate", cert), ("key", key)):
+    for name, file, wanted in (("certificate", cert, b"-BEGIN CERTIFICATE-"), ("key", key, b" PRIVATE KEY-")):
         try:
-            with open(file, "rb"):
-                pass
+            with open(file, "rb") as source:
+                found = wanted in source.read(_MAX_PEM)
         except OSError as exc:
             raise SettingsError(f"{name} {file}: cannot be read: {exc.strerror}") from exc
+        if not found:
+            raise SettingsError(f"{name} {file}: there is no {name} in it (PEM, -----BEGIN …{wanted.decode().strip('-')}-----)")
 
     def no_passphrase() -> str:
         raise SettingsError(f"key {key}: is encrypted; store it without a passphrase (openssl pkey -in … -out …)")
@@ -100,6 +103,6 @@ def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
     try:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as exc:
-        if exc.reason == "KEY_VALUES_MISMATCH":
+        if exc.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH"):
             raise SettingsError(f"key {key}: does not belong to certificate {cert}") from exc
         raise SettingsError(f"certificate {cert} and key {key}: no usable PEM pair ({exc.reason or 'PEM lib'})") from exc

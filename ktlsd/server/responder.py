@@ -28,6 +28,7 @@ _BATCH: Final = 500  # names looked at in one piece
 _MAX_LISTED: Final = 100_000  # names; more are not shown
 _MAX_STREAMS: Final = 8  # long listings in the making, each up to some 20 MB
 _NOT_FOUND: Final = "There is no such file."
+_ASKABLE: Final = b"Authorization, If-Match, If-Modified-Since, If-None-Match, If-Range, Range, Want-Repr-Digest"
 _EXPOSED: Final = b"Accept-Ranges, Content-Encoding, Content-Length, Content-Range, ETag, Repr-Digest"
 
 
@@ -237,6 +238,8 @@ def _disposition(kind: str, name: bytes) -> bytes:
 def _redirect_target(template: str, request: Request, path: Path) -> bytes:
     own = path.encoded(directory=path.is_directory)
     query = request.target.partition(b"?")[2]
+    if not query:
+        template = template.replace("?{query}", "").replace("&{query}", "")
     target = urllib.parse.quote(template, safe="%/:?#[]@!$&'()*+,;={}~").encode("ascii")
     return target.replace(b"{path}", own).replace(b"{query}", query)
 
@@ -267,7 +270,10 @@ def _allow_origin(response: Response, request: Request, origins: frozenset[bytes
     if request.method == "OPTIONS" and request.header(b"access-control-request-method") is not None:
         response.headers += (
             (b"Access-Control-Allow-Methods", b"GET, HEAD"),
-            (b"Access-Control-Allow-Headers", b"Authorization, If-Match, If-Modified-Since, If-None-Match, If-Range, Range"),
+            (
+                b"Access-Control-Allow-Headers",
+                _ASKABLE,
+            ),
             (b"Access-Control-Max-Age", b"86400"),
         )
 

@@ -29,7 +29,7 @@ from ktlsd.server.worker import Door, Worker
 from ktlsd.settings import Files, Settings, parse_listen
 
 _log = logging.getLogger("ktlsd")
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _SPARE_DESCRIPTORS: Final = 64
 
 
@@ -129,7 +129,9 @@ def _told(settings: Settings, bound: list[tuple[str, list[Listener]]], plain: li
     roots = dict.fromkeys(os.path.realpath(site.root) for site in settings.sites)
     lines = [f"ktlsd {__version__} serves {', '.join(roots)}"]
     lines += [f"  at           {url}" for url in urls]
-    lines += [f"  in the clear http://{_address(door.listener.address[0], door.listener)}/" for door in plain]
+    for door in plain:
+        does = "redirects" if isinstance(door.services.responder, Redirector) else "in the clear"
+        lines.append(f"  {does:<12} http://{_address(door.listener.address[0], door.listener)}/")
     if trust:
         lines += [f"  certificate  for development only; to trust it: curl --cacert {trust} {urls[0]}"]
     else:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Final
 
-from ktlsd.errors import SettingsError
+from ktlsd.errors import RequestError, SettingsError
 from ktlsd.files.digests import Digests
 from ktlsd.files.globs import compile_glob
 from ktlsd.files.listing import Template
@@ -47,7 +47,23 @@ class Site:
         self.siblings = Siblings(self.root) if files.precompressed else None
         self.index = tuple(name.encode() for name in files.index)
         self._base = Policy(listing=files.listing, cache_control=_encoded(files.cache_control))
+        for number, rule in enumerate(settings.rule):
+            self._refuse_half_a_lock(number, rule)
         self._rules = [(compile_glob(rule.path), _changes(rule), _rule_headers(rule)) for rule in settings.rule]
+
+    def _refuse_half_a_lock(self, number: int, rule: Rule) -> None:
+        """A lock on a folder's bare name would leave open what is in it. Raises SettingsError."""
+        bare = rule.path.strip("/")
+        if not (rule.auth or rule.signed) or not bare or any(c in bare for c in "*?"):
+            return
+        try:
+            found = self.root.open(bare.encode("utf-8", "surrogateescape"))
+        except (RequestError, OSError):
+            return
+        if found is not None:
+            found.release()
+        else:
+            raise SettingsError(f"rule[{number}].path: {rule.path} is a folder; write /{bare}/** for what is in it")
 
     def policy(self, path: Path) -> Policy:
         """Return what the rules say of a path."""
@@ -74,7 +90,7 @@ def _changes(rule: Rule) -> dict[str, Any]:
     }
     changes = {key: value for key, value in changes.items() if value is not None}
     if rule.redirect is not None:
-        changes["status"] = rule.status
+        changes["status"] = rule.status or 302
     if rule.auth is not None:
         changes["passwords"] = Passwords(rule.auth) if rule.auth else None
     return changes

@@ -236,7 +236,13 @@ class Worker:
     # --- stopping --------------------------------------------------------------------------------------------------
 
     def _woken(self, event: Event, now: float) -> None:
-        stops = sum(number in (signal.SIGTERM, signal.SIGINT) for number in self.waker.drain())
+        came = self.waker.drain()
+        stops = sum(number in (signal.SIGTERM, signal.SIGINT) for number in came)
+        if signal.SIGUSR1 in came or signal.SIGHUP in came:
+            self._services.access_log.reopen()
+            _log.info("access log opened anew")
+        if signal.SIGHUP in came:
+            _log.warning("this release does not reload its configuration: restart ktlsd for changes to count")
         self._resume(now)
         for _ in range(stops):
             if self._draining:

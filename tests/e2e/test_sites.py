@@ -63,7 +63,7 @@ def configured(root, tmp_path):
     (tmp_path / "k.toml").write_text(CONFIG)
     assert ktlsd("check", "k.toml", cwd=tmp_path).stdout == "k.toml: fine\n"
     with program("--config", "k.toml", cwd=tmp_path) as server:
-        server.plain = [int(line.rsplit(":", 1)[1].strip(" /\n")) for line in server.told if "in the clear" in line]
+        server.plain = [int(line.rsplit(":", 1)[1].strip(" /\n")) for line in server.told if "http://" in line]
         server.folder = tmp_path
         yield server
         assert server.stop() == 0
