@@ -106,6 +106,9 @@ def _hash_one(top: bytes, path: bytes, progress: Progress) -> tuple[bytes, Facts
         return path, (0, 0), os.strerror(exc.errno or 0)
     try:
         before = os.fstat(fd)
+        # A second change within the same second would leave the time we write down: let that second be over first.
+        time.sleep(min(max(before.st_mtime_ns // 1_000_000_000 + 1 - time.time(), 0.0), 1.0))
+        before = os.fstat(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         digest = hashlib.sha256()
         while data := os.read(fd, _PIECE):

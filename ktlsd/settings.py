@@ -321,7 +321,7 @@ _FIELD_VALUE: Final = re.compile(r"[\t\x20-\x7e]*")
 _FRAMING: Final = frozenset(
     ("content-length", "transfer-encoding", "connection", "date", "content-range", "content-encoding", "etag", "trailer")
 )
-_MEDIA_TYPE: Final = re.compile(r"[\w.+!#$&^-]+/[\w.+!#$&^-]+(?:[ \t]*;[\t\x20-\x7e]*)?")
+_MEDIA_TYPE: Final = re.compile(r"[\w.+!#$&^-]+/[\w.+!#$&^-]+(?:[ \t]*;[\t\x20-\x7e]*)?", re.ASCII)
 
 
 def _why_no_directory(path: str) -> str:
@@ -357,6 +357,8 @@ def _check_files(where: str, files: Files) -> None:
 def _check_rules(where: str, rules: tuple[Rule, ...]) -> None:
     for number, rule in enumerate(rules):
         at = f"{where}rule[{number}]."
+        if rule.path.count("**") > 2:
+            raise SettingsError(f"{at}path: {rule.path!r}: ** can be there twice at most")
         for name, value in rule.headers.items():
             if not _FIELD_NAME.fullmatch(name):
                 raise SettingsError(f"{at}headers: {name!r} is not a header's name")

@@ -1,17 +1,18 @@
 """SHA-256 digests that somebody has computed before: `ktlsd hash`'s index, FILE.sha256, SHA256SUMS.
 
-A digest counts only for the file it was made of: the index has size and mtime; a sums file has neither, so the file must not
-have been touched since, and ctime tells that: a file moved into place with an old mtime has a new ctime. What was found is
-remembered for a few seconds, what was not found too: a small response must not cost three opens.
+The index has a file's size and mtime, so its digest is exact. A sums file has neither: its digest alone makes no tag, and it is
+told to clients only if the file's inode was not touched since (a file moved into place with an old mtime has a new ctime). What
+was found is remembered for a few seconds, what was not found too: a small response must not cost three opens.
 """
 
 import re
 import urllib.parse
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, Final
 
 from ktlsd.errors import RequestError
+from ktlsd.files.plan import Digest
 from ktlsd.files.root import DocumentRoot
 from ktlsd.slices import OpenFile
 
@@ -50,21 +51,16 @@ class _Sums:
     digests: dict[bytes, bytes]
 
 
-def _is_newer(sums: OpenFile, file: OpenFile) -> bool:
-    """Whether `file` has not been touched since `sums` was written."""
-    return sums.mtime_ns >= file.mtime_ns and sums.ctime_ns >= file.ctime_ns
-
-
 class Digests:
     """What is known of the files below one root."""
 
     def __init__(self, root: DocumentRoot) -> None:
         self._root = root
-        self._known: OrderedDict[tuple[bytes, int, int, int], tuple[float, bytes | None]] = OrderedDict()
+        self._known: OrderedDict[tuple[bytes, int, int, int], tuple[float, Digest | None]] = OrderedDict()
         self._sums: OrderedDict[bytes, _Sums] = OrderedDict()
 
-    def lookup(self, path: bytes, file: OpenFile, now: float) -> bytes | None:
-        """Return the SHA-256 (32 bytes) of an open file at `path` below the root, None if nobody has computed it."""
+    def lookup(self, path: bytes, file: OpenFile, now: float) -> Digest | None:
+        """Return what is known of an open file at `path` below the root, None if nobody has computed it."""
         key = (path, file.size, file.mtime_ns, file.ctime_ns)
         known = self._known.get(key)
         if known is not None and now - known[0] < _FRESH:
@@ -76,29 +72,32 @@ class Digests:
             self._known.popitem(last=False)
         return digest
 
-    def _find(self, path: bytes, file: OpenFile, now: float) -> bytes | None:
+    def _find(self, path: bytes, file: OpenFile, now: float) -> Digest | None:
         indexed = self._in_index(path)
         if indexed is not None and indexed[1:3] == (file.size, file.mtime_ns // 1_000_000_000):
-            return indexed[3]
+            return Digest(indexed[3], is_exact=True, is_proven=True)
         folder, _, name = path.rpartition(b"/")
         own = self._root.read_small(path + b".sha256", 1024)
-        if own is not None and _is_newer(own[0], file):
+        if own is not None and own[0].mtime_ns >= file.mtime_ns:
             match = _LINE.search(own[1])
             if match is not None and match[2] in (None, name):
-                return bytes.fromhex(match[1].decode("ascii"))
+                return Digest(bytes.fromhex(match[1].decode("ascii")), is_proven=own[0].ctime_ns >= file.ctime_ns)
         sums = self._sums_of(folder, now)
-        return sums.digests.get(name) if sums.file is not None and _is_newer(sums.file, file) else None
+        if sums.file is None or name not in sums.digests or sums.file.mtime_ns < file.mtime_ns:
+            return None
+        return Digest(sums.digests[name], is_proven=sums.file.ctime_ns >= file.ctime_ns)
 
     def _sums_of(self, folder: bytes, now: float) -> "_Sums":
         """Return what a folder's SHA256SUMS says."""
         held = self._sums.get(folder)
         if held is not None and now - held.read_at < _FRESH:
             return held
+        if held is not None and held.file is not None and self._is_same(folder, held.file):
+            self._sums[folder] = held = replace(held, read_at=now)
+            return held
         read = self._root.read_small(folder + b"/" + _SUMS if folder else _SUMS, _MAX_SUMS)
         if read is None:
             sums = _Sums(now, None, {})
-        elif held is not None and held.file is not None and held.file.ctime_ns == read[0].ctime_ns:
-            sums = _Sums(now, read[0], held.digests)
         else:
             found = {match[2]: bytes.fromhex(match[1].decode("ascii")) for match in _LINE.finditer(read[1]) if match[2]}
             sums = _Sums(now, read[0], found)
@@ -107,6 +106,17 @@ class Digests:
         if len(self._sums) > _FOLDERS:
             self._sums.popitem(last=False)
         return sums
+
+    def _is_same(self, folder: bytes, before: OpenFile) -> bool:
+        """Whether a folder's SHA256SUMS is as it was when it was read: parsing a large one takes a tenth of a second."""
+        try:
+            file = self._root.open(folder + b"/" + _SUMS if folder else _SUMS)
+        except (RequestError, OSError):
+            return False
+        if file is None:
+            return False
+        file.release()
+        return (file.ctime_ns, file.size, file.mtime_ns) == (before.ctime_ns, before.size, before.mtime_ns)
 
     def _in_index(self, path: bytes) -> tuple[bytes, int, int, bytes] | None:
         """Find a path's line by halving: the index is sorted and may be larger than memory."""

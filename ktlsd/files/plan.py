@@ -14,12 +14,26 @@ from ktlsd.protocol.negotiation import prefers_json
 from ktlsd.protocol.semantics import ByteRange, Conditions, Path, Validators
 from ktlsd.slices import FileSlice, OpenFile
 
+_PREFERENCES: Final = frozenset(b"%d" % number for number in range(1, 11))  # of Want-Repr-Digest; 0 is no
 _HINTS: Final = {
     400: "The request could not be understood.",
     404: "Look at the address again; names here are case-sensitive.",
     408: "Send the request again.",
     503: "Try again in a moment.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A SHA-256 (32 bytes) that somebody has computed before.
+
+    `is_exact`: for a file of exactly this size and time, so that it identifies the content by itself. `is_proven`: nothing
+    has touched the file since, so that it may be told as the file's.
+    """
+
+    sha256: bytes
+    is_exact: bool = False
+    is_proven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +44,22 @@ class Representation:
     content_type: bytes
     encoding: bytes = b""  # content coding of a precompressed sibling
     varies: bool = False  # other clients may get another form
-    sha256: bytes | None = None  # of exactly these bytes, where it is known
+    digest: Digest | None = None  # where one is known
     offer_digest: bool = False  # send it unasked
 
 
 def validators(shown: Representation, now: int) -> Validators:
     """Return what identifies the present content: a strong tag, and the time of the last change.
 
-    The tag is the digest where one is known, else size and mtime in whole seconds, because that is what rsync keeps: a
-    fleet of mirrors agrees on it. A precompressed form has a tag of its own. Last-Modified is never later than `now`
-    (RFC 9110 §8.8.2.1).
+    The tag is the digest where one is known (with size and mtime, if it might be another version's), else size and mtime in
+    whole seconds, because that is what rsync keeps: a fleet of mirrors agrees on it. A precompressed form has a tag of its
+    own. Last-Modified is never later than `now` (RFC 9110 §8.8.2.1).
     """
     modified = shown.file.mtime_ns // 1_000_000_000
-    tag = b"sha256-" + shown.sha256.hex().encode() if shown.sha256 else b"%x-%x" % (modified, shown.file.size)
+    tag = b"%x-%x" % (modified, shown.file.size)
+    if shown.digest is not None:
+        known = b"sha256-" + shown.digest.sha256.hex().encode()
+        tag = known if shown.digest.is_exact else known + b"-" + tag
     coding = b"-" + shown.encoding if shown.encoding else b""
     return Validators(b'"%s%s"' % (tag, coding), min(modified, now))
 
@@ -74,8 +91,9 @@ def plan_file(request: Request, shown: Representation, now: int, *, boundary: by
     content_type = (b"Content-Type", shown.content_type)
     if shown.encoding:
         headers.append((b"Content-Encoding", shown.encoding))
-    if shown.sha256 and (shown.offer_digest or _wants_digest(request)):
-        headers.append((b"Repr-Digest", b"sha-256=:%s:" % base64.b64encode(shown.sha256)))
+    digest = shown.digest
+    if digest is not None and digest.is_proven and (shown.offer_digest or _wants_digest(request)):
+        headers.append((b"Repr-Digest", b"sha-256=:%s:" % base64.b64encode(digest.sha256)))
     if wanted is None:
         body = [FileSlice(file, 0, file.size)] if file.size else []
         return Response(200, [content_type, *headers], [*body], file.size)
@@ -116,7 +134,7 @@ def _wants_digest(request: Request) -> bool:
     for member in value.split(b","):
         key, equals, preference = member.strip(b" \t").partition(b"=")
         if key == b"sha-256":
-            return not equals or (preference.strip().isdigit() and int(preference[:3]) > 0)
+            return not equals or preference.strip(b" \t") in _PREFERENCES
     return False
 
 

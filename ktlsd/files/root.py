@@ -102,6 +102,8 @@ class DocumentRoot:
             with os.scandir(fd) as found:
                 for item in found:
                     yield self._entry(os.fsencode(item.name), item, fd, path)
+        except OSError:
+            return  # the disk fails in the middle: what was read is shown
         finally:
             os.close(fd)
 
@@ -154,16 +156,14 @@ class DocumentRoot:
         os.close(self._fd)
 
 
-def _refusal(exc: OSError) -> Exception:
+def _refusal(exc: OSError) -> RequestError:
     if exc.errno in _NOT_FOUND:
         return RequestError(404, "There is no such file.")
     if exc.errno in (errno.EACCES, errno.EPERM):
         return RequestError(403, "This may not be read.")
     if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY):
         return RequestError(503, "The server is at its limit; try again in a moment.")
-    if exc.errno in (errno.EIO, errno.ESTALE, errno.EOVERFLOW):
-        return RequestError(500, "The file can't be read.")
-    return exc
+    return RequestError(500, "The file can't be read.")  # EIO, ESTALE, EOVERFLOW, and what network file systems come up with
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -65,6 +65,12 @@ class Http1Connection:
         return len(self._exchanges) > (self._held is not None)
 
     @property
+    def owes_work(self) -> bool:
+        """Whether the next response waits for something of ours, not for the client."""
+        exchange = self._exchanges[0] if self._exchanges else None
+        return self.busy and exchange is not None and (exchange.response is None or self.working)
+
+    @property
     def head_begun(self) -> bool:
         """Whether part of a request, or of its body, has come and the rest has not."""
         return bool(self._buffer) or self._body is not None
@@ -133,13 +139,16 @@ class Http1Connection:
 
     def _take_no_more(self) -> None:
         """Forget what has come of a request so far, and close behind the last response."""
+        self._forget_input()
+        self._close_when_done()
+
+    def _forget_input(self) -> None:
         self._refused = True
         self._body = None
         self._buffer.clear()
         if self._held is not None:
             self._held = None
             self._exchanges.pop()
-        self._close_when_done()
 
     def drain(self, *, one_more: bool = False) -> None:
         """Answer what has been asked, then close; with `one_more` wait for a request if there has been none."""
@@ -188,14 +197,15 @@ class Http1Connection:
         for name, value in headers:
             values.setdefault(name, []).append(value)
         target, host = target_and_host(method, target, values, http10=http10)
-        self._body = BodyDrain.for_request(values, http10=http10)
+        body = BodyDrain.for_request(values, http10=http10)
         keep_alive = self._persistent(values.get(b"connection", []), http10=http10)
         exchange = _Exchange(self._take_id(), keep_alive, method == b"HEAD", http10)
         expectation = values.get(b"expect")
         if expectation is not None and not http10:
             if [value.lower() for value in expectation] != [b"100-continue"]:
                 raise RequestError(417, "The only expectation met here is 100-continue.")
-            exchange.continue_wanted = self._body is not None and not self._buffer
+            exchange.continue_wanted = body is not None and not self._buffer
+        self._body = body
         self._exchanges.append(exchange)
         return Request(
             method=method.decode("ascii"),
@@ -218,10 +228,10 @@ class Http1Connection:
         """Answer with an error in its turn, and read no further: where the next request starts is not known any more."""
         line = self._line or bytes(self._buffer[:256]).partition(b"\r\n")[0]
         answered = self._body is not None and self._held is None
-        self._take_no_more()
+        self._forget_input()
         if answered:
+            self._close_when_done()
             return []  # its answer is out or on its way (Expect): another one would be taken for the next request's
-        self.closing = False
         exchange = _Exchange(self._take_id(), keep_alive=False, head_only=line.startswith(b"HEAD "), http10=False)
         self._exchanges.append(exchange)
         return [Refused(error, exchange.stream_id, line)]
@@ -245,7 +255,7 @@ class Http1Connection:
     def respond(self, stream_id: int, response: Response) -> None:
         """Queue the answer to a request; it goes out in the order the requests came in."""
         exchange = next(e for e in self._exchanges if e.stream_id == stream_id)
-        if response.close_connection or self._draining:
+        if response.close_connection or (self._draining and exchange is self._exchanges[-1]):
             exchange.keep_alive = False
         exchange.response = response
         if response.stream is not None:
@@ -278,12 +288,15 @@ class Http1Connection:
         response = exchange.response
         assert response is not None
         assert response.stream is not None
-        piece = next(response.stream, None)
-        if piece is None:
+        try:
+            piece = next(response.stream)
+        except StopIteration:
+            response.stream.close()
             response.stream = None
             piece = b"0\r\n\r\n" if exchange.chunked else b""
-        elif piece and exchange.chunked:
-            piece = b"%x\r\n%s\r\n" % (len(piece), piece)
+        else:
+            if piece and exchange.chunked:
+                piece = b"%x\r\n%s\r\n" % (len(piece), piece)
         if piece:
             response.body.append(piece)
 

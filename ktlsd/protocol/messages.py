@@ -1,8 +1,8 @@
 """A request as it was understood, a response before it has a form on the wire; the same for every version of HTTP."""
 
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Protocol
 
 from ktlsd.errors import RequestError
 from ktlsd.slices import FileSlice, Segment
@@ -39,6 +39,16 @@ class Refused:
     request_line: bytes  # as far as it was readable, for the log
 
 
+class Stream(Protocol):
+    """A body that is made piece by piece; whoever drops it, at the end or before, calls `close`."""
+
+    def __next__(self) -> bytes:
+        """Return the next piece, b"" for work done without a result. Raises StopIteration at the end."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
 @dataclass(slots=True)
 class Response:
     """Status, fields and body. `content_length` is the body a GET would get; a HEAD's `body` is empty all the same.
@@ -52,7 +62,7 @@ class Response:
     body: list[Segment] = field(default_factory=list)
     content_length: int | None = 0  # None: the status has no body (304, 204)
     close_connection: bool = False
-    stream: Iterator[bytes] | None = None
+    stream: Stream | None = None
 
     @property
     def body_bytes(self) -> int:
@@ -65,7 +75,7 @@ class Response:
             if isinstance(segment, FileSlice):
                 segment.close()
         self.body = []
-        if isinstance(self.stream, Generator):
+        if self.stream is not None:
             self.stream.close()
         self.stream = None
 

@@ -15,6 +15,7 @@ from ktlsd.errors import RequestError
 METHODS: Final = ("GET", "HEAD", "OPTIONS")
 ALLOW: Final = b"GET, HEAD, OPTIONS"
 
+_LAST_DATE: Final = 253_402_300_799  # the end of the year 9999: the form has four digits
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _DATE_FORMATS: Final = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
@@ -26,7 +27,7 @@ _DATE_FORMATS: Final = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT"
 @lru_cache(maxsize=1024)
 def http_date(seconds: int) -> bytes:
     """Return seconds since the epoch as IMF-fixdate, "Sun, 06 Nov 1994 08:49:37 GMT"."""
-    t = time.gmtime(seconds)
+    t = time.gmtime(min(max(seconds, 0), _LAST_DATE))
     date = f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04}"
     return f"{date} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT".encode("ascii")
 
@@ -111,7 +112,7 @@ def evaluate(conditions: Conditions, validators: Validators) -> int | None:
 def range_applies(if_range: bytes | None, validators: Validators, now: int) -> bool:
     """Whether If-Range lets the Range field count (RFC 9110 §13.1.5): a strong tag that matches, or the exact date.
 
-    A date is strong only if the file was at least a second old when it was told (§8.8.2.2).
+    A date is strong only once its second is over (§8.8.2.2).
     """
     if if_range is None:
         return True

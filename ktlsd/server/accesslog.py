@@ -110,6 +110,7 @@ class AccessLog:
         except OSError as exc:
             self._lose(data, os.strerror(exc.errno or 0))  # disk full, pipe gone: serving goes on
             self._torn = True
+            self._unwritten = b""
             return
         self._unwritten = bytes(data)
         if len(data) > _MAX_UNWRITTEN:

@@ -7,7 +7,6 @@ import hmac
 import logging
 import os
 import re
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,16 +24,22 @@ _LOOK_EVERY: Final = 2.0  # seconds between looks at the file
 _YES_FOR: Final = 300.0  # seconds until a right password is verified again
 _NO_FOR: Final = 5.0
 _SCRYPT: Final = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/.]+)\$([A-Za-z0-9+/.]{43})")
-_BCRYPT: Final = re.compile(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}")
+_BCRYPT: Final = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 _LN, _R, _P = 15, 8, 1  # about 0.1 s and 32 MiB for one password
+_MAX_MEMORY: Final = 256 << 20  # bytes for one password
 _MIN_KEY: Final = 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """The answer takes work that must not stop the worker: run `job` in a thread, then ask again."""
+    """The answer takes work that must not stop the worker: run `job` in a thread, `done` with its result, then ask again.
 
-    job: Callable[[], None]
+    Requests with the same `key` wait for the same job.
+    """
+
+    key: bytes
+    job: Callable[[], bool]
+    done: Callable[[bool], None]
 
 
 class Passwords:
@@ -46,7 +51,7 @@ class Passwords:
         self._version = _version(file)
         self._looked = 0.0  # monotonic seconds
         self._hashes = _read_hashes(file)
-        self._nobody = hash_password(secrets.token_hex(8))  # what unknown users are compared with: as slow as the others
+        self._generation = 0  # of the hashes; a verdict on older ones does not count
         self._key = os.urandom(32)
         self._verdicts: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()  # by a keyed hash, never by the password
 
@@ -61,7 +66,7 @@ class Passwords:
         verdict = self._verdicts.get(key)
         if verdict is not None and now < verdict[0]:
             return verdict[1]
-        return Later(lambda: self._verify(key, *credentials))
+        return self._verification(key, *credentials)
 
     def _look_again(self, now: float) -> None:
         """Read the file again if it is another; one that will not do is told once and the old one kept."""
@@ -76,14 +81,23 @@ class Passwords:
             _log.warning("%s; the passwords read before stay in use", exc)
         else:
             self._verdicts.clear()
+            self._generation += 1
 
-    def _verify(self, key: bytes, user: bytes, password: bytes) -> None:
-        """Compute the verdict; in a thread (one assignment to the dictionary, which is atomic)."""
+    def _verification(self, key: bytes, user: bytes, password: bytes) -> Later:
+        """Return the work of comparing one password. The thread only computes; the verdict is kept by whoever asked."""
         stored = self._hashes.get(user.decode("utf-8", "replace"))
-        right = _matches(stored or self._nobody, password) and stored is not None
-        while len(self._verdicts) >= _REMEMBERED:
-            self._verdicts.popitem(last=False)
-        self._verdicts[key] = (time.monotonic() + (_YES_FOR if right else _NO_FOR), right)
+        compared = stored or next(iter(self._hashes.values()), "")  # an unknown user takes as long as a known one
+        generation = self._generation
+
+        def keep(right: bool) -> None:
+            if generation != self._generation:
+                return
+            while len(self._verdicts) >= _REMEMBERED:
+                self._verdicts.popitem(last=False)
+            known = right and stored is not None
+            self._verdicts[key] = (time.monotonic() + (_YES_FOR if known else _NO_FOR), known)
+
+        return Later(key, lambda: _matches(compared, password), keep)
 
 
 def _version(file: str) -> tuple[int, int, int] | None:
@@ -117,12 +131,20 @@ def _read_hashes(file: str) -> dict[str, str]:
         if not row or row.startswith("#"):
             continue
         user, colon, stored = row.partition(":")
-        if not colon or not user or not (_SCRYPT.fullmatch(stored) or _BCRYPT.fullmatch(stored)):
+        if not colon or not user or not _is_usable(stored):
             raise SettingsError(
                 f"auth: {file}: line {number}: not USER:HASH with bcrypt or scrypt; make it with ktlsd passwd, or htpasswd -B"
             )
         hashes[user] = stored
     return hashes
+
+
+def _is_usable(stored: str) -> bool:
+    """Whether a hash can be compared with at all: its cost within what the algorithms, and this machine, take."""
+    if match := _SCRYPT.fullmatch(stored):
+        ln, r, p = (int(number) for number in match.groups()[:3])
+        return 1 <= ln <= 20 and r >= 1 and 1 <= p <= 16 and (128 * r << ln) <= _MAX_MEMORY // 2
+    return _BCRYPT.fullmatch(stored) is not None
 
 
 def hash_password(password: str) -> str:
@@ -134,15 +156,14 @@ def hash_password(password: str) -> str:
 def _matches(stored: str, password: bytes) -> bool:
     if match := _SCRYPT.fullmatch(stored):
         ln, r, p = (int(number) for number in match.groups()[:3])
-        try:
-            return hmac.compare_digest(_scrypt(password, _unb64(match[4]), ln, r, p), _unb64(match[5]))
-        except (ValueError, MemoryError):
-            return False  # parameters beyond what this machine can do
-    return bcrypt.checkpw(password[:72], stored.encode("ascii"))  # bcrypt never looked at more
+        return hmac.compare_digest(_scrypt(password, _unb64(match[4]), ln, r, p), _unb64(match[5]))
+    if not stored:
+        return False
+    return bcrypt.checkpw(password[:72].replace(b"\0", b""), stored.encode("ascii"))  # bcrypt never looked at more
 
 
 def _scrypt(password: bytes, salt: bytes, ln: int, r: int, p: int) -> bytes:
-    return hashlib.scrypt(password, salt=salt, n=1 << ln, r=r, p=p, maxmem=256 << 20, dklen=32)
+    return hashlib.scrypt(password, salt=salt, n=1 << ln, r=r, p=p, maxmem=_MAX_MEMORY, dklen=32)
 
 
 def _b64(data: bytes) -> str:

@@ -5,12 +5,10 @@ handshake -> HTTP -> closing -> closed. Output first, then input, then back to t
 
 import enum
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ktlsd.errors import FileTruncated, Overdue, PeerError, PeerTruncated, PlainHttp, RequestError, UnexpectedMessage
-from ktlsd.files import plan
 from ktlsd.net.plain import Mode, PlainChannel
 from ktlsd.net.poller import Event
 from ktlsd.protocol.http1 import Http1Connection
@@ -32,6 +30,9 @@ class Answers(Protocol):
 
     def respond(self, request: Request | Refused) -> Response | Later:
         """Return the response, or what has to be done first, in a thread."""
+
+    def refuse(self, request: Request | Refused, error: RequestError) -> Response:
+        """Return the response that says why there is no other."""
 
 
 class _Stage(enum.Enum):
@@ -94,7 +95,7 @@ class Connection:
         self._services = services
         self._http = Http1Connection(max_requests=services.limits.requests_per_connection)
         self._pending: dict[int, _Pending] = {}
-        self._jobs: list[tuple[int, Callable[[], None]]] = []
+        self._jobs: list[tuple[int, Later]] = []
         self._stage = _Stage.HANDSHAKE
         self._fd = channel.fileno()
         self._key_update_tokens = (now, float(_KEY_UPDATES_PER_SECOND))
@@ -157,6 +158,7 @@ class Connection:
                 if spent >= _BUDGET:
                     return True
             if http.working:
+                self._set_deadline(now)
                 return True
             if completed := http.sent(0):  # a stream that ended without a last piece
                 self._completed(completed)
@@ -207,12 +209,12 @@ class Connection:
     def _respond(self, request: Request | Refused, now: float) -> None:
         response = self._services.responder.respond(request)
         if isinstance(response, Later):
-            self._jobs.append((request.stream_id, response.job))
+            self._jobs.append((request.stream_id, response))
         else:
             self._http.respond(request.stream_id, response)
         self._set_deadline(now)
 
-    def take_jobs(self) -> list[tuple[int, Callable[[], None]]]:
+    def take_jobs(self) -> list[tuple[int, Later]]:
         """Return what must be done in a thread before these requests can be answered; `resume` each afterwards."""
         jobs, self._jobs = self._jobs, []
         return jobs
@@ -225,7 +227,7 @@ class Connection:
         if refusal is None:
             self._respond(pending.request, now)
         else:
-            self._http.respond(stream_id, plan.plan_error(refusal.status, refusal.detail))
+            self._http.respond(stream_id, self._services.responder.refuse(pending.request, refusal))
 
     def _set_deadline(self, now: float) -> None:
         """Something was achieved. What comes next has its own time: progress of a response, the rest of a head, a request."""
@@ -259,6 +261,9 @@ class Connection:
         if self._stage is _Stage.HANDSHAKE:
             raise Overdue("no handshake in time")
         if self._stage is _Stage.CLOSING:
+            return
+        if self._http.owes_work:  # ours to do: the client can't help it
+            self.deadline = now + self._services.limits.progress_timeout
             return
         if self._http.busy or not self._channel.try_flush():
             left = self._channel.unacknowledged()
@@ -307,7 +312,7 @@ class Connection:
             self._http.drain()
 
     def _finish(self) -> None:
-        self._http.abandon()
+        self._abandon()
         self._channel.drop()
         self._stage = _Stage.CLOSED
         self.deadline = float("inf")

@@ -6,7 +6,7 @@ import os
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final
 
@@ -23,8 +23,8 @@ from ktlsd.server.sites import Policy, Site, Sites
 from ktlsd.slices import OpenFile
 
 _log = logging.getLogger("ktlsd")
-_SMALL_LISTING: Final = 1_000  # names; a longer listing is made piece by piece, others in between
-_BATCH: Final = 500  # names looked at in one piece
+_SMALL_LISTING: Final = 200  # names; a longer listing is made piece by piece, others in between
+_BATCH: Final = 100  # names looked at in one piece
 _MAX_LISTED: Final = 100_000  # names; more are not shown
 _MAX_STREAMS: Final = 8  # long listings in the making, each up to some 20 MB
 _NOT_FOUND: Final = "There is no such file."
@@ -39,7 +39,7 @@ class Responder:
         """`hsts` is the value of Strict-Transport-Security, None for none."""
         self._sites = sites
         self._hsts = hsts
-        self._streams = 0
+        self._streams = _Slots()
 
     def respond(self, request: Request | Refused) -> Response | Later:
         """Return the response, Date and Server fields included."""
@@ -47,14 +47,24 @@ class Responder:
         try:
             response = plan.plan_refusal(request.error) if isinstance(request, Refused) else self._answer(request, now)
         except RequestError as error:
-            response = plan.plan_error(error.status, error.detail, request if isinstance(request, Request) else None)
+            return self.refuse(request, error)
         except Exception:  # our bug: this client gets a 500, the others go on
             _log.exception("cannot answer a request")
-            response = plan.plan_error(500, "Something is wrong with the server, not with the request.")
-        if isinstance(response, Later):
-            return response
-        response.headers[:0] = ((b"Date", semantics.http_date(int(now))), (b"Server", b"ktlsd"))
-        if self._hsts is not None:
+            return self.refuse(request, RequestError(500, "Something is wrong with the server, not with the request."))
+        return response if isinstance(response, Later) else self._signed_off(response, now)
+
+    def refuse(self, request: Request | Refused, error: RequestError) -> Response:
+        """Return the response that says why there is no other."""
+        asked = request if isinstance(request, Request) else None
+        return self._signed_off(plan.plan_error(error.status, error.detail, asked), time.time())
+
+    def _signed_off(self, response: Response, now: float) -> Response:
+        """Add what every response has; an operator's own Server or HSTS stays."""
+        said = {name.lower() for name, _ in response.headers}
+        if b"server" not in said:
+            response.headers.insert(0, (b"Server", b"ktlsd"))
+        response.headers.insert(0, (b"Date", semantics.http_date(int(now))))
+        if self._hsts is not None and b"strict-transport-security" not in said:
             response.headers.append((b"Strict-Transport-Security", self._hsts))
         return response
 
@@ -70,7 +80,7 @@ class Responder:
         site = self._sites.choose(request.host)
         policy = site.policy(path)
         try:
-            response = self._allowed(request, path, policy, now) or self._found(request, site, policy, path, now)
+            response = self._allowed(request, path, policy, now) or self._found(_Asked(request, site, path, policy, now))
         except RequestError as error:
             response = plan.plan_error(error.status, error.detail, request)
             if error.status == 401:
@@ -92,53 +102,57 @@ class Responder:
             verdict = policy.signer.verify(path, request.target.partition(b"?")[2], now)
             if not verdict:
                 raise RequestError(403, "This address has expired." if verdict is None else "This address is not signed.")
-        if policy.passwords is not None:
-            known = policy.passwords.check(request.header(b"authorization"), time.monotonic())
-            if isinstance(known, Later):
-                return known
-            if not known:
-                raise RequestError(401, "A user name and a password are asked for.")
-        return None
+        return _password(request, policy)
 
-    def _found(self, request: Request, site: Site, policy: Policy, path: Path, now: float) -> Response:
-        if policy.try_files is None:
-            return self._path(request, site, policy, path, now)
-        own = path.encoded(directory=path.is_directory).decode("ascii")
-        for candidate in policy.try_files:
+    def _found(self, asked: "_Asked") -> Response | Later:
+        if asked.policy.try_files is None:
+            return self._path(asked, asked.path)
+        own = asked.path.encoded(directory=asked.path.is_directory).decode("ascii")
+        for candidate in asked.policy.try_files:
             tried = semantics.parse_path(candidate.replace("{path}", own).encode("utf-8"))
             try:
                 if not tried.hidden:
-                    return self._path(request, site, policy, tried, now)
+                    return self._path(asked, tried)
             except RequestError as error:
                 if error.status != 404:
                     raise
         raise RequestError(404, _NOT_FOUND)
 
-    def _path(self, request: Request, site: Site, policy: Policy, path: Path, now: float) -> Response:
-        file = site.root.open(path.relative)
+    def _path(self, asked: "_Asked", path: Path) -> Response | Later:
+        if later := asked.check(path):
+            return later
+        file = asked.site.root.open(path.relative)
         if file is None:
             if not path.is_directory and path.segments:
-                return plan.plan_redirect_to_directory(request, path)
-            return self._directory(request, site, policy, path, now)
+                return plan.plan_redirect_to_directory(asked.request, path)
+            return self._directory(asked, path)
         if path.is_directory:
             file.release()
             raise RequestError(404, "There is no such directory.")
-        return _file(request, site, policy, path.relative, file, now)
+        return _file(asked, path, file)
 
-    def _directory(self, request: Request, site: Site, policy: Policy, path: Path, now: float) -> Response:
-        for name in site.index:
-            relative = b"/".join((*path.segments, name))
+    def _directory(self, asked: "_Asked", path: Path) -> Response | Later:
+        for name in asked.site.index:
+            index = Path((*path.segments, name), is_directory=False)
             try:
-                file = site.root.open(relative)
+                file = asked.site.root.open(index.relative)
             except RequestError as error:
                 if error.status != 404:
                     raise
                 continue
             if file is not None:
-                return _file(request, site, policy, relative, file, now)
-        if not policy.listing:
+                try:
+                    later = asked.check(index)
+                except RequestError:
+                    file.release()
+                    raise
+                if later:
+                    file.release()
+                    return later
+                return _file(asked, index, file)
+        if not asked.site.policy(path).listing:
             raise RequestError(404, "This directory is not listed.")
-        return self._listing(request, site, path)
+        return self._listing(asked.request, asked.site, path)
 
     # --- listings --------------------------------------------------------------------------------------------------
 
@@ -151,60 +165,124 @@ class Responder:
         content_type = b"application/json" if as_json else b"text/html; charset=utf-8"
         response = Response(200, [(b"Content-Type", content_type), (b"Vary", b"Accept")])
 
-        def render(cut: int = 0) -> Iterator[bytes]:
+        def render(cut: int) -> Iterator[bytes]:
             order.sort(entries)
             return listing.render_json(entries) if as_json else site.template.render(path, entries, order, cut=cut)
 
         if len(first) > _SMALL_LISTING:
-            if self._streams >= _MAX_STREAMS:
+            if self._streams.taken >= _MAX_STREAMS:
                 raise RequestError(503, "Too many long listings are being made.")
-            response.content_length, response.stream = None, self._long_listing(found, entries, render)
+            response.content_length, response.stream = None, _LongListing(self._streams, found, entries, render)
             return response
-        page = b"".join(render())
+        page = b"".join(render(0))
         etag = b'W/"%s"' % hashlib.sha256(page).hexdigest()[:24].encode()
         response.headers.append((b"ETag", etag))
-        if semantics.evaluate(plan.conditions(request), semantics.Validators(etag, 1 << 62)) == 304:
+        status = semantics.evaluate(plan.conditions(request), semantics.Validators(etag, 1 << 62))
+        if status == 304:
             return Response(304, response.headers[1:], content_length=None)
+        if status is not None:
+            raise RequestError(status, "The folder is not the one the request's condition asks for.")
         response.body, response.content_length = [page], len(page)
         return response
 
-    def _long_listing(
-        self, found: Iterator[Entry | None], entries: list[Entry], render: Callable[[int], Iterator[bytes]]
-    ) -> Iterator[bytes]:
-        """Read the folder a batch at a time, then render it; an empty piece lets others have their turn."""
-        self._streams += 1
-        try:
-            cut = 0
-            while batch := list(islice(found, _BATCH)):
-                entries += (entry for entry in batch if entry is not None)
-                if len(entries) >= _MAX_LISTED:
-                    cut = len(entries)
-                    break
-                yield b""
-            yield from render(cut)
-        finally:
-            self._streams -= 1
+
+class _Slots:
+    """How many long listings are in the making."""
+
+    taken = 0
 
 
-def _file(request: Request, site: Site, policy: Policy, path: bytes, file: OpenFile, now: float) -> Response:
+class _LongListing:
+    """Reads a folder a batch at a time, then renders it; an empty piece lets others have their turn.
+
+    Has its place from the beginning, and until `close`.
+    """
+
+    def __init__(
+        self, slots: _Slots, found: Iterator[Entry | None], entries: list[Entry], render: Callable[[int], Iterator[bytes]]
+    ) -> None:
+        self._slots = slots
+        self._found = found
+        self._entries = entries
+        self._render = render
+        self._pieces: Iterator[bytes] | None = None
+        self._open = True
+        slots.taken += 1
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._pieces is None:
+            batch = list(islice(self._found, _BATCH))
+            self._entries += (entry for entry in batch if entry is not None)
+            enough = len(self._entries) >= _MAX_LISTED
+            if batch and not enough:
+                return b""
+            self._pieces = self._render(len(self._entries) if enough else 0)
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Give the place back."""
+        if self._open:
+            self._open = False
+            self._slots.taken -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that may be answered, as far as what it names is concerned."""
+
+    request: Request
+    site: Site
+    path: Path
+    policy: Policy
+    now: float  # seconds since the epoch
+
+    def check(self, path: Path) -> Later | None:
+        """Ask the rules again if it is another path that will be opened (an index, one of try_files). Raises RequestError."""
+        if path == self.path:
+            return None
+        policy = self.site.policy(path)
+        if policy.signer is not None and policy.signer is not self.policy.signer:
+            raise RequestError(403, "This address is not signed.")
+        return _password(self.request, policy)
+
+
+def _password(request: Request, policy: Policy) -> Later | None:
+    """Ask for a password where one is wanted; None if it is right. Raises RequestError(401)."""
+    if policy.passwords is None:
+        return None
+    known = policy.passwords.check(request.header(b"authorization"), time.monotonic())
+    if isinstance(known, Later):
+        return known
+    if not known:
+        raise RequestError(401, "A user name and a password are asked for.")
+    return None
+
+
+def _file(asked: _Asked, path: Path, file: OpenFile) -> Response:
     """Answer from an open file, in the form the client takes best; the reference that came with `file` is used up."""
-    name = path.rpartition(b"/")[2]
+    request, site = asked.request, asked.site
+    policy = asked.policy if path == asked.path else site.policy(path)
+    where, name = path.relative, path.segments[-1]
     content_type = policy.content_type or mime.content_type(name)
     shown = Representation(file, content_type, offer_digest=site.files.repr_digest)
     sibling: OpenFile | None = None
     try:
         if site.siblings is not None and mime.is_compressible(content_type):
-            shown, sibling, path = _negotiated(request, site, shown, path)
+            shown, sibling, where = _negotiated(request, site, shown, where)
         if site.digests is not None:
-            sha256 = site.digests.lookup(path, shown.file, time.monotonic())
-            shown = replace(shown, sha256=sha256)
-        response = plan.plan_file(request, shown, int(now), boundary=os.urandom(15).hex().encode())
+            shown = replace(shown, digest=site.digests.lookup(where, shown.file, time.monotonic()))
+        response = plan.plan_file(request, shown, int(asked.now), boundary=os.urandom(15).hex().encode())
     finally:
         file.release()  # the response's slices hold it from here on
         if sibling is not None:
             sibling.release()
     if policy.disposition is not None:
         response.headers.append((b"Content-Disposition", _disposition(policy.disposition, name)))
+    if policy.cache_control is not None and response.status in (200, 206, 304):
+        response.headers.append((b"Cache-Control", policy.cache_control))
     return response
 
 
@@ -245,9 +323,7 @@ def _redirect_target(template: str, request: Request, path: Path) -> bytes:
 
 
 def _decorate(response: Response, request: Request, policy: Policy) -> None:
-    """Add what the rules say: Cache-Control on what may be kept, CORS, the operator's own fields."""
-    if policy.cache_control is not None and response.status in (200, 206, 304):
-        response.headers.append((b"Cache-Control", policy.cache_control))
+    """Add what the rules say of every answer: CORS, the operator's own fields."""
     if policy.cors is not None:
         _allow_origin(response, request, policy.cors)
     for name, value in policy.headers:  # the operator's word is the last one
@@ -289,7 +365,7 @@ class Redirector:
 
     def respond(self, request: Request | Refused) -> Response | Later:
         """Return a redirect to the same address at https, or a challenge's file."""
-        if isinstance(request, Refused) or request.target == b"*" or self._is_challenge(request):
+        if isinstance(request, Refused) or not self._is_redirectable(request) or self._is_challenge(request):
             return self._challenges.respond(request)
         if not request.host:
             response = plan.plan_error(400, "Without a Host field there is no telling where to; use https://.", request)
@@ -300,6 +376,14 @@ class Redirector:
             response = plan.plan_redirect(request, 308, location, "This is served over https only.")
         response.headers[:0] = ((b"Date", semantics.http_date(int(time.time()))), (b"Server", b"ktlsd"))
         return response
+
+    def refuse(self, request: Request | Refused, error: RequestError) -> Response:
+        """Return the response that says why there is no other."""
+        return self._challenges.refuse(request, error)
+
+    @staticmethod
+    def _is_redirectable(request: Request) -> bool:
+        return request.method in semantics.METHODS and request.target.startswith(b"/")
 
     def _is_challenge(self, request: Request) -> bool:
         try:

@@ -21,7 +21,7 @@ from ktlsd.net.listeners import Listener
 from ktlsd.server import process
 from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.connection import Services
-from ktlsd.server.contexts import build_contexts
+from ktlsd.server.contexts import build_context, build_contexts
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Redirector, Responder
 from ktlsd.server.sites import Sites
@@ -38,6 +38,10 @@ def check(settings: Settings) -> None:
     Sites(settings).close()
     if settings.tls.cert is not None:
         build_contexts(settings)
+    else:
+        for site in settings.site:
+            if site.cert is not None:
+                build_context(msgspec.structs.replace(settings.tls, cert=site.cert, key=site.key))
 
 
 def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:

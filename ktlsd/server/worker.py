@@ -7,7 +7,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +20,7 @@ from ktlsd.net.listeners import Listener
 from ktlsd.net.plain import PlainChannel
 from ktlsd.net.poller import Event, Poller
 from ktlsd.net.tx_userspace import Scratch
+from ktlsd.server.auth import Later
 from ktlsd.server.connection import Connection, Services, Turn
 from ktlsd.tls.session import Session
 
@@ -103,8 +104,8 @@ class Worker:
         self._accepting = False
         self._draining = False
         self._threads = ThreadPoolExecutor(_THREADS, "ktlsd")
-        self._jobs_running = 0
-        self._jobs_done: deque[tuple[Connection, int]] = deque()
+        self._waiting: dict[bytes, list[tuple[Connection, int]]] = {}  # for the job with this key
+        self._jobs_done: deque[tuple[Later, bool | None]] = deque()  # and what came out, None if it failed
         self.waker = Waker()
 
     def run(self) -> None:
@@ -193,8 +194,8 @@ class Worker:
             turn, complaint = Turn.CLOSED, None
         if complaint:
             _log.info("%s", complaint)
-        for stream_id, job in connection.take_jobs():
-            self._start(connection, stream_id, job, now)
+        for stream_id, later in connection.take_jobs():
+            self._start(connection, stream_id, later, now)
         if turn is Turn.CLOSED:
             self._poller.forget(fd)
             self._connections.pop(fd, None)
@@ -207,31 +208,41 @@ class Worker:
 
     # --- work for threads ------------------------------------------------------------------------------------------
 
-    def _start(self, connection: Connection, stream_id: int, job: Callable[[], None], now: float) -> None:
+    def _start(self, connection: Connection, stream_id: int, later: Later, now: float) -> None:
         """Have a thread do what an answer waits for; at the limit the client is asked to come again."""
-        if self._jobs_running >= _MAX_JOBS:
+        waiting = self._waiting.get(later.key)
+        if waiting is not None:
+            waiting.append((connection, stream_id))
+            return
+        if len(self._waiting) >= _MAX_JOBS:
             connection.resume(stream_id, now, refusal=RequestError(503, "The server is at its limit; try again in a moment."))
             self._poller.again(connection)
             return
-        self._jobs_running += 1
+        self._waiting[later.key] = [(connection, stream_id)]
 
         def run() -> None:
+            result = None
             try:
-                job()
-            except Exception:  # our bug; asked again, the request is answered without
+                result = later.job()
+            except Exception:  # our bug: those who wait are told, and nobody tries again
                 _log.exception("a job failed")
-            self._jobs_done.append((connection, stream_id))
+            self._jobs_done.append((later, result))
             self.waker.write(_JOB_DONE)
 
         self._threads.submit(run)
 
     def _resume(self, now: float) -> None:
         while self._jobs_done:
-            connection, stream_id = self._jobs_done.popleft()
-            self._jobs_running -= 1
-            if self._connections.get(connection.fileno()) is connection:
-                connection.resume(stream_id, now)
-                self._pump(connection, now, Event(connection))
+            later, result = self._jobs_done.popleft()
+            refusal = None
+            if result is None:
+                refusal = RequestError(500, "Something is wrong with the server, not with the request.")
+            else:
+                later.done(result)
+            for connection, stream_id in self._waiting.pop(later.key):
+                if self._connections.get(connection.fileno()) is connection:
+                    connection.resume(stream_id, now, refusal=refusal)
+                    self._pump(connection, now, Event(connection))
 
     # --- stopping --------------------------------------------------------------------------------------------------
 

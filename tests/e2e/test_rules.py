@@ -137,7 +137,7 @@ def test_passwords_are_verified_beside_the_loop(root, passwords):
         slow.send(f"GET /private/file HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('x', 'y')}\r\n\r\n".encode())
         slow.close()  # gone before the verdict
         assert other.get("/file").body == b"file"
-        wait_until(lambda: not server.worker._jobs_running)
+        wait_until(lambda: not server.worker._waiting)
         other.close()
 
 
@@ -178,7 +178,7 @@ def test_passwd_makes_a_line_that_works(root, tmp_path):
     header = basic("anna", "geheim").encode()
     work = users.check(header, time.monotonic())
     assert isinstance(work, Later)
-    work.job()
+    work.done(work.job())
     assert users.check(header, time.monotonic()) is True
     assert isinstance(users.check(header, time.monotonic() + 1e6), Later), "a verdict does not last for ever"
 

@@ -106,7 +106,7 @@ def test_ranges_never_add_up_to_more_than_the_file(pairs):
 
 
 def test_a_digest_is_the_tag_and_is_told_to_those_who_ask():
-    shown = {"sha256": bytes(range(32))}
+    shown = {"digest": plan.Digest(bytes(range(32)), is_exact=True, is_proven=True)}
     tag = b'"sha256-%s"' % bytes(range(32)).hex().encode()
     response = planned(shown=shown)
     assert header(response, b"ETag") == tag
