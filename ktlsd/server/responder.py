@@ -119,9 +119,9 @@ class Responder:
         raise RequestError(404, _NOT_FOUND)
 
     def _path(self, asked: "_Asked", path: Path) -> Response | Later:
-        if later := asked.check(path):
-            return later
         file = asked.site.root.open(path.relative)
+        if later := asked.check(path, file):
+            return later
         if file is None:
             if not path.is_directory and path.segments:
                 return plan.plan_redirect_to_directory(asked.request, path)
@@ -141,15 +141,7 @@ class Responder:
                     raise
                 continue
             if file is not None:
-                try:
-                    later = asked.check(index)
-                except RequestError:
-                    file.release()
-                    raise
-                if later:
-                    file.release()
-                    return later
-                return _file(asked, index, file)
+                return asked.check(index, file) or _file(asked, index, file)
         if not asked.site.policy(path).listing:
             raise RequestError(404, "This directory is not listed.")
         return self._listing(asked.request, asked.site, path)
@@ -239,14 +231,27 @@ class _Asked:
     policy: Policy
     now: float  # seconds since the epoch
 
-    def check(self, path: Path) -> Later | None:
-        """Ask the rules again if it is another path that will be opened (an index, one of try_files). Raises RequestError."""
+    def check(self, path: Path, file: OpenFile | None) -> Later | None:
+        """Ask the rules again if it is another path that was opened (an index, one of try_files).
+
+        Lets go of `file` if it may not be sent, or not yet. Raises RequestError.
+        """
         if path == self.path:
             return None
         policy = self.site.policy(path)
+        later = refusal = None
         if policy.signer is not None and policy.signer is not self.policy.signer:
-            raise RequestError(403, "This address is not signed.")
-        return _password(self.request, policy)
+            refusal = RequestError(403, "This address is not signed.")
+        else:
+            try:
+                later = _password(self.request, policy)
+            except RequestError as error:
+                refusal = error
+        if file is not None and (later or refusal):
+            file.release()
+        if refusal is not None:
+            raise refusal
+        return later
 
 
 def _password(request: Request, policy: Policy) -> Later | None:

@@ -154,3 +154,145 @@ def test_a_name_no_request_can_name_is_not_listed(root):
     (root / "back\\slash").write_bytes(b"x")
     with served(root) as server:
         assert b"slash" not in ask(server, "/").body
+
+
+# --- passwords and rules, where they could be walked round ----------------------------------------------------------------
+
+
+def test_a_verification_that_fails_is_answered_once(root, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise ValueError("as if the hash were damaged")
+
+    monkeypatch.setattr(auth, "_matches", fail)
+    (tmp_path / "users").write_text(f"anna:{hash_password('a')}\n")
+    with served(root, Rule(path="/private/**", auth=str(tmp_path / "users"))) as server:
+        assert ask(server, "/private/file", Authorization=basic("anna", "a")).status == 500
+        assert ask(server, "/file").status == 200
+        assert caplog.text.count("a job failed") == 1
+
+
+@pytest.mark.parametrize("stored", [
+    "$2b$99$" + "a" * 53, "$2b$00$" + "a" * 53, "$2b$04$" + "a" * 21 + "a" + "a" * 31,
+    "$scrypt$ln=64,r=8,p=1$AAAA$" + "A" * 43, "$scrypt$ln=20,r=99,p=1$AAAA$" + "A" * 43,
+    "$scrypt$ln=0,r=8,p=1$AAAA$" + "A" * 43,
+])  # fmt: skip
+def test_a_hash_that_can_not_be_compared_with_is_refused(root, tmp_path, stored):
+    (tmp_path / "users").write_text(f"anna:{stored}\n")
+    (tmp_path / "k.toml").write_text('root = "root"\n[[rule]]\npath = "/**"\nauth = "users"\n')
+    done = ktlsd("check", "k.toml", cwd=tmp_path)
+    assert (done.returncode, "line 1: not USER:HASH" in done.stderr, done.stderr.count("\n")) == (2, True, 1)
+
+
+def test_a_password_withdrawn_while_it_was_verified_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(auth, "_LOOK_EVERY", 0.0)
+    users = tmp_path / "users"
+    users.write_text(f"anna:{hash_password('a')}\n")
+    passwords = auth.Passwords(str(users))
+    header = basic("anna", "a").encode()
+    work = passwords.check(header, 1.0)
+    result = work.job()
+    users.write_text(f"bert:{hash_password('b')}\n")
+    passwords.check(basic("bert", "b").encode(), 2.0)  # somebody makes it look
+    work.done(result)
+    again = passwords.check(header, 3.0)
+    again.done(again.job())
+    assert passwords.check(header, 4.0) is False
+
+
+def test_equal_credentials_are_verified_once(root, tmp_path, monkeypatch):
+    calls = []
+    real = auth._matches
+    monkeypatch.setattr(auth, "_matches", lambda *args: calls.append(1) or real(*args))
+    (tmp_path / "users").write_text(f"anna:{hash_password('a')}\n")
+    with served(root, Rule(path="/private/**", auth=str(tmp_path / "users"))) as server:
+        peers = [Client(server.port) for _ in range(16)]
+        for peer in peers:
+            peer.send(f"GET /private/file HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('anna', 'a')}\r\n\r\n".encode())
+        assert {peer.reply().status for peer in peers} == {200}
+        for peer in peers:
+            peer.close()
+    assert len(calls) <= 2
+
+
+def test_rules_count_for_the_file_that_is_sent(root, tmp_path):
+    (tmp_path / "users").write_text(f"anna:{hash_password('a')}\n")
+    (tmp_path / "key").write_text("0123456789abcdef" * 2)
+    (root / "index.html").write_bytes(b"index")
+    (root / "signed.txt").write_bytes(b"signed")
+    rules = (
+        Rule(path="*.html", auth=str(tmp_path / "users"), cache_control="no-store"),
+        Rule(path="*.txt", signed=str(tmp_path / "key")),
+        Rule(path="/**", try_files=("{path}", "{path}.html", "{path}.txt")),
+    )
+    with served(root, *rules) as server:
+        for target in ("/", "/index.html", "/page", "/page.html"):
+            assert ask(server, target).status == 401, target
+            reply = ask(server, target, Authorization=basic("anna", "a"))
+            assert (reply.status, reply.headers["cache-control"]) == (200, "no-store"), target
+        assert ask(server, "/signed").status == 403
+
+
+def test_cache_control_is_for_files_and_not_for_folders(root):
+    with served(root, Rule(path="/**", headers={"Server": "mine"}), cache_control="max-age=9, immutable") as server:
+        assert ask(server, "/file").headers["cache-control"] == "max-age=9, immutable"
+        folder = ask(server, "/")
+        assert "cache-control" not in folder.headers
+        assert folder.headers["server"] == "mine"
+        assert ask(server, "/", If_Match='"x"').status == 412
+
+
+def test_long_listings_have_their_places_from_the_beginning(root):
+    (root / "many").mkdir()
+    for number in range(1000):
+        (root / "many" / str(number)).touch()
+    (root / "big").write_bytes(bytes(5_000_000))
+    with served(root) as server:
+        peers = [Client(server.port, receive_buffer=16_384) for _ in range(10)]
+        for peer in peers:
+            peer.send(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /many/ HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        responder = next(iter(server.worker._doors.values())).services.responder
+        wait_until(lambda: responder._streams.taken == 8)
+        for peer in peers:
+            peer.close()
+        wait_until(lambda: responder._streams.taken == 0)
+        assert ask(server, "/file").status == 200
+
+
+# --- odd values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mtime", [-(2**40), 2**45, 0, -1])
+def test_times_beyond_the_calendar_are_no_error(root, mtime):
+    try:
+        os.utime(root / "file", (mtime, mtime))
+    except (OverflowError, OSError):
+        pytest.skip("this file system has no such time")
+    with served(root) as server:
+        assert ask(server, "/file").status == 200
+        assert ask(server, "/", Accept="application/json").status == ask(server, "/").status == 200
+
+
+@pytest.mark.parametrize("value", ["sha-256=   5", "sha-256=x", "sha-256=11", "sha-256=1;a=b", "sha-256=\xb2", "=", ",,"])
+def test_odd_wants_are_no_error(root, value):
+    (root / "SHA256SUMS").write_text(hashlib.sha256(b"file").hexdigest() + "  file\n")
+    with served(root) as server:
+        assert ask(server, "/file", Want_Repr_Digest=value).status == 200
+
+
+def test_a_file_changed_in_the_second_it_was_hashed_in_has_no_digest(root, tmp_path):
+    (root / "a.iso").write_bytes(b"first")
+    assert ktlsd("hash", "root", cwd=tmp_path).returncode == 0
+    (root / "a.iso").write_bytes(b"other")
+    with served(root) as server:
+        assert "sha256" not in ask(server, "/a.iso").headers["etag"]
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ('[[rule]]\npath = "/**/a/**/b/**"', "** can be there twice at most"),
+    ('[[rule]]\npath = "/x"\ncontent_type = "text/plän"', "is not a media type"),
+    ('[[site]]\nnames = ["a"]\nroot = "root"\ncert = "root/file"\nkey = "root/file"', "there is no certificate in it"),
+])  # fmt: skip
+def test_check_tries_what_can_be_tried(root, tmp_path, text, says):
+    (tmp_path / "k.toml").write_text(text + "\n" if "site" in text else 'root = "root"\n' + text + "\n")
+    done = ktlsd("check", "k.toml", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n"), says in done.stderr) == (2, 1, True), done.stderr

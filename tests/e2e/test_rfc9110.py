@@ -244,6 +244,11 @@ def test_expectations(client):
     assert client.get("/file", Expect="a miracle").status == 417
 
 
+def test_an_unknown_expectation_of_a_request_with_a_body_is_417_too(client):
+    client.send(b"POST /file HTTP/1.1\r\nHost: x\r\nExpect: a miracle\r\nContent-Length: 5\r\n\r\n12345")
+    assert client.reply().status == 417
+
+
 def test_a_get_that_waits_for_100_continue_gets_it(client):
     client.send(b"GET /file HTTP/1.1\r\nHost: x\r\nExpect: 100-Continue\r\nContent-Length: 5\r\n\r\n")
     assert client.head()[0] == 100

@@ -119,6 +119,18 @@ def test_a_gets_body_is_read_and_dropped(server, request_):
     assert ask(server, request_) == [200, 404, 404]
 
 
+def test_a_refusal_behind_a_good_request_is_sent_in_its_turn(server):
+    peer = Client(server.port)
+    peer.send(get() + get(b"Host: x\r\nA : b\r\n") + SMUGGLED)
+    good = peer.reply()
+    assert (good.status, good.headers.get("connection")) == (200, None)
+    bad = peer.reply()
+    assert (bad.status, bad.headers["connection"]) == (400, "close")
+    peer.wait_for_close()
+    assert (peer.tls.closed, bytes(peer.tls.plain)) == (True, b"")
+    peer.close()
+
+
 def test_a_body_over_the_cap_ends_the_connection(server):
     assert ask(server, get(b"Host: x\r\nContent-Length: 70000\r\n", body=b"x" * 70_000)) == [413]
     assert ask(server, get(b"Host: x\r\nTransfer-Encoding: chunked\r\n", body=b"11170\r\n" + b"x" * 70_000)) == [413]

@@ -112,3 +112,22 @@ def test_control_characters_of_any_kind_are_escaped(tmp_path):
     data = (tmp_path / "log").read_bytes()
     assert not {0x9B, 0x7F} & set(data)
     assert json.loads(data)["target"] == "/\x9b31m\x7f"
+
+
+def test_a_pipe_whose_reader_goes_loses_each_line_once(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    log = AccessLog(str(path), "json")
+    for _ in range(1000):
+        log.add(entry())
+    log.flush()
+    os.close(reader)
+    for _ in range(3):
+        log.flush()
+    assert 0 < log.lost <= 1000
+    before = log.lost
+    log.add(entry())
+    log.flush()
+    assert log.lost == before + 1
+    log.close()
