@@ -13,11 +13,11 @@ from OpenSSL import SSL
 from ktlsd.net.kernel import LinuxKernel
 from ktlsd.settings import Limits
 from tests.client import Client, MemoryClient, context, wait_until
+from tests.e2e.modes import MODES, kernel_of
 from tests.fakes.kernel import FakeKernel, nibbling
 from tests.serving import ThreadServer
 
 CONTENT = random.Random(2).randbytes(700_001)
-MODES = ["userspace", "fake", "nibbling", pytest.param("kernel", marks=pytest.mark.ktls)]
 
 
 @pytest.fixture
@@ -39,12 +39,7 @@ def root(tmp_path):
 
 @pytest.fixture(params=MODES)
 def kernel(request):
-    return {
-        "userspace": lambda: None,
-        "fake": FakeKernel,
-        "nibbling": lambda: FakeKernel(appetite=nibbling(9, blocks=False)),
-        "kernel": LinuxKernel,
-    }[request.param]()
+    return kernel_of(request.param)
 
 
 @pytest.fixture
