@@ -357,8 +357,6 @@ def _check_files(where: str, files: Files) -> None:
 def _check_rules(where: str, rules: tuple[Rule, ...]) -> None:
     for number, rule in enumerate(rules):
         at = f"{where}rule[{number}]."
-        if rule.path.count("**") > 2:
-            raise SettingsError(f"{at}path: {rule.path!r}: ** can be there twice at most")
         for name, value in rule.headers.items():
             if not _FIELD_NAME.fullmatch(name):
                 raise SettingsError(f"{at}headers: {name!r} is not a header's name")

@@ -134,7 +134,10 @@ class DocumentRoot:
                 raise
         # A link with an absolute target, which BENEATH refuses, may still lead back inside. Resolve by name, then open
         # the result without following any link: whatever changes in between, the way can't lead out.
-        real = os.path.realpath(os.path.join(os.fsencode(self._real), path))
+        try:
+            real = os.path.realpath(os.path.join(os.fsencode(self._real), path))
+        except RecursionError as exc:  # a thousand links in a row
+            raise OSError(errno.ELOOP, "too many links") from exc
         inside = os.path.relpath(real, os.fsencode(self._real))
         if inside == b".." or inside.startswith(b"../"):
             raise OSError(errno.EXDEV, "leads out of the root")

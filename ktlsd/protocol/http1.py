@@ -73,7 +73,8 @@ class Http1Connection:
     @property
     def head_begun(self) -> bool:
         """Whether part of a request, or of its body, has come and the rest has not."""
-        return bool(self._buffer) or self._body is not None
+        # A lone CR is half an empty line, which is nothing yet.
+        return self._body is not None or (bool(self._buffer) and self._buffer != b"\r")
 
     @property
     def wants_input(self) -> bool:
@@ -258,6 +259,8 @@ class Http1Connection:
         if response.close_connection or (self._draining and exchange is self._exchanges[-1]):
             exchange.keep_alive = False
         exchange.response = response
+        if exchange.continue_wanted and response.status >= 400:
+            exchange.keep_alive = False  # the client may or may not send the body now: nobody could tell it from a request
         if response.stream is not None:
             exchange.chunked = not exchange.http10
             exchange.keep_alive = exchange.keep_alive and exchange.chunked

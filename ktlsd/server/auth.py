@@ -53,7 +53,9 @@ class Passwords:
         self._hashes = _read_hashes(file)
         self._generation = 0  # of the hashes; a verdict on older ones does not count
         self._key = os.urandom(32)
-        self._verdicts: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()  # by a keyed hash, never by the password
+        # When they end, by a keyed hash, never by the password; apart, so that a flood of wrong ones drives no right one out.
+        self._right: OrderedDict[bytes, float] = OrderedDict()
+        self._wrong: OrderedDict[bytes, float] = OrderedDict()
 
     def check(self, authorization: bytes | None, now: float) -> bool | Later:
         """Return whether this Authorization field will do, or what must be computed first. `now` is monotonic seconds."""
@@ -63,9 +65,10 @@ class Passwords:
         if now - self._looked >= _LOOK_EVERY:
             self._look_again(now)
         key = hmac.digest(self._key, b"\0".join(credentials), "sha256")
-        verdict = self._verdicts.get(key)
-        if verdict is not None and now < verdict[0]:
-            return verdict[1]
+        if now < self._right.get(key, 0.0):
+            return True
+        if now < self._wrong.get(key, 0.0):
+            return False
         return self._verification(key, *credentials)
 
     def _look_again(self, now: float) -> None:
@@ -80,22 +83,29 @@ class Passwords:
         except SettingsError as exc:
             _log.warning("%s; the passwords read before stay in use", exc)
         else:
-            self._verdicts.clear()
+            self._right.clear()
+            self._wrong.clear()
             self._generation += 1
+
+    def _somebodys(self, user: bytes) -> str:
+        """Return a hash for a user there is not: always the same for the same name, one that somebody has."""
+        hashes = list(self._hashes.values())
+        return hashes[int.from_bytes(hmac.digest(self._key, user, "sha256")[:8], "big") % len(hashes)] if hashes else ""
 
     def _verification(self, key: bytes, user: bytes, password: bytes) -> Later:
         """Return the work of comparing one password. The thread only computes; the verdict is kept by whoever asked."""
         stored = self._hashes.get(user.decode("utf-8", "replace"))
-        compared = stored or next(iter(self._hashes.values()), "")  # an unknown user takes as long as a known one
+        compared = stored or self._somebodys(user)  # an unknown user takes as long as a known one
         generation = self._generation
 
         def keep(right: bool) -> None:
             if generation != self._generation:
                 return
-            while len(self._verdicts) >= _REMEMBERED:
-                self._verdicts.popitem(last=False)
             known = right and stored is not None
-            self._verdicts[key] = (time.monotonic() + (_YES_FOR if known else _NO_FOR), known)
+            verdicts, lasts = (self._right, _YES_FOR) if known else (self._wrong, _NO_FOR)
+            while len(verdicts) >= _REMEMBERED:
+                verdicts.popitem(last=False)
+            verdicts[key] = time.monotonic() + lasts
 
         return Later(key, lambda: _matches(compared, password), keep)
 

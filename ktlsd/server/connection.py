@@ -155,7 +155,7 @@ class Connection:
                 self._completed(http.sent(sent))
                 self._set_deadline(now)
                 spent += sent
-                if spent >= _BUDGET:
+                if spent >= _BUDGET or http.working:
                     return True
             if http.working:
                 self._set_deadline(now)
@@ -213,6 +213,11 @@ class Connection:
         else:
             self._http.respond(request.stream_id, response)
         self._set_deadline(now)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is still somebody to answer; may be asked from any thread."""
+        return self._stage is _Stage.HTTP
 
     def take_jobs(self) -> list[tuple[int, Later]]:
         """Return what must be done in a thread before these requests can be answered; `resume` each afterwards."""

@@ -19,14 +19,14 @@ from ktlsd.protocol.messages import Refused, Request, Response
 from ktlsd.protocol.negotiation import choose_encoding, prefers_json
 from ktlsd.protocol.semantics import Path
 from ktlsd.server.auth import Later
-from ktlsd.server.sites import Policy, Site, Sites
+from ktlsd.server.sites import Policy, Site, Sites, host_name
 from ktlsd.slices import OpenFile
 
 _log = logging.getLogger("ktlsd")
 _SMALL_LISTING: Final = 200  # names; a longer listing is made piece by piece, others in between
 _BATCH: Final = 100  # names looked at in one piece
 _MAX_LISTED: Final = 100_000  # names; more are not shown
-_MAX_STREAMS: Final = 8  # long listings in the making, each up to some 20 MB
+_MAX_STREAMS: Final = 32  # long listings in the making, each up to some 25 MB
 _NOT_FOUND: Final = "There is no such file."
 _ASKABLE: Final = b"Authorization, If-Match, If-Modified-Since, If-None-Match, If-Range, Range, Want-Repr-Digest"
 _EXPOSED: Final = b"Accept-Ranges, Content-Encoding, Content-Length, Content-Range, ETag, Repr-Digest"
@@ -109,8 +109,8 @@ class Responder:
             return self._path(asked, asked.path)
         own = asked.path.encoded(directory=asked.path.is_directory).decode("ascii")
         for candidate in asked.policy.try_files:
-            tried = semantics.parse_path(candidate.replace("{path}", own).encode("utf-8"))
             try:
+                tried = semantics.parse_path(candidate.replace("{path}", own).encode("utf-8"))
                 if not tried.hidden:
                     return self._path(asked, tried)
             except RequestError as error:
@@ -372,7 +372,7 @@ class Redirector:
         """Return a redirect to the same address at https, or a challenge's file."""
         if isinstance(request, Refused) or not self._is_redirectable(request) or self._is_challenge(request):
             return self._challenges.respond(request)
-        if not request.host:
+        if not host_name(request.host):
             response = plan.plan_error(400, "Without a Host field there is no telling where to; use https://.", request)
         else:
             host = request.host if request.host.startswith(b"[") else request.host.partition(b":")[0]

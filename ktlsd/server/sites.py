@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from ktlsd.errors import RequestError, SettingsError
 from ktlsd.files.digests import Digests
-from ktlsd.files.globs import compile_glob
+from ktlsd.files.globs import Glob
 from ktlsd.files.listing import Template
 from ktlsd.files.root import DocumentRoot
 from ktlsd.files.siblings import Siblings
@@ -49,7 +49,7 @@ class Site:
         self._base = Policy(listing=files.listing, cache_control=_encoded(files.cache_control))
         for number, rule in enumerate(settings.rule):
             self._refuse_half_a_lock(number, rule)
-        self._rules = [(compile_glob(rule.path), _changes(rule), _rule_headers(rule)) for rule in settings.rule]
+        self._rules = [(Glob(rule.path), _changes(rule), _rule_headers(rule)) for rule in settings.rule]
 
     def _refuse_half_a_lock(self, number: int, rule: Rule) -> None:
         """A lock on a folder's bare name would leave open what is in it. Raises SettingsError."""
@@ -71,7 +71,7 @@ class Site:
         if self._rules:
             text = b"/" + b"/".join(path.segments) + (b"/" if path.is_directory and path.segments else b"")
             for pattern, changes, headers in self._rules:
-                if pattern.fullmatch(text):
+                if pattern.matches(text):
                     policy = replace(policy, **changes, headers=policy.headers + headers)
         return policy
 

@@ -223,7 +223,8 @@ class Worker:
         def run() -> None:
             result = None
             try:
-                result = later.job()
+                if any(connection.is_open for connection, _ in tuple(self._waiting[later.key])):
+                    result = later.job()
             except Exception:  # our bug: those who wait are told, and nobody tries again
                 _log.exception("a job failed")
             self._jobs_done.append((later, result))
@@ -235,11 +236,12 @@ class Worker:
         while self._jobs_done:
             later, result = self._jobs_done.popleft()
             refusal = None
+            waiting = self._waiting.pop(later.key)
             if result is None:
                 refusal = RequestError(500, "Something is wrong with the server, not with the request.")
             else:
                 later.done(result)
-            for connection, stream_id in self._waiting.pop(later.key):
+            for connection, stream_id in waiting:
                 if self._connections.get(connection.fileno()) is connection:
                     connection.resume(stream_id, now, refusal=refusal)
                     self._pump(connection, now, Event(connection))

@@ -67,7 +67,7 @@ def test_a_storm_of_key_updates_is_ended(root, requested):
                 peer.update(requested=requested)
             peer.body(1 << 20)
         wait_until(lambda: not server.worker._connections)
-        assert server.metrics.counters["ended:UnexpectedMessage"] == 1
+        assert server.metrics.counters["ended:UnexpectedMessage"] == 1, server.metrics.summary()
         peer.sock.close()
 
 

@@ -247,11 +247,11 @@ def test_long_listings_have_their_places_from_the_beginning(root):
         (root / "many" / str(number)).touch()
     (root / "big").write_bytes(bytes(5_000_000))
     with served(root) as server:
-        peers = [Client(server.port, receive_buffer=16_384) for _ in range(10)]
+        peers = [Client(server.port, receive_buffer=16_384) for _ in range(13)]
         for peer in peers:
             peer.send(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /many/ HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
         responder = next(iter(server.worker._doors.values())).services.responder
-        wait_until(lambda: responder._streams.taken == 8)
+        wait_until(lambda: responder._streams.taken == 32)
         for peer in peers:
             peer.close()
         wait_until(lambda: responder._streams.taken == 0)
@@ -288,7 +288,6 @@ def test_a_file_changed_in_the_second_it_was_hashed_in_has_no_digest(root, tmp_p
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ('[[rule]]\npath = "/**/a/**/b/**"', "** can be there twice at most"),
     ('[[rule]]\npath = "/x"\ncontent_type = "text/plän"', "is not a media type"),
     ('[[site]]\nnames = ["a"]\nroot = "root"\ncert = "root/file"\nkey = "root/file"', "there is no certificate in it"),
 ])  # fmt: skip

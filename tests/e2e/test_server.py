@@ -196,14 +196,17 @@ def test_the_log_proves_who_encrypted(server, client, kernel):
 # --- the rest does not depend on who encrypts --------------------------------------------------------------------------
 
 
-def test_empty_lines_do_not_put_off_the_idle_deadline(root):
+@pytest.mark.parametrize("ends", [[b"\r\n"], [b"\r", b"\n"]])
+def test_empty_lines_do_not_put_off_the_idle_deadline(root, ends):
+    turn = 0
     with ThreadServer(root, None, limits=Limits(idle_timeout=0.4, header_timeout=0.4, linger_timeout=0.2)) as server:
         peer = Client(server.port)
         end = time.monotonic() + 5
         with pytest.raises(OSError):
             while True:
                 assert time.monotonic() < end, "it is kept open by empty lines"
-                peer.send(b"\r\n")
+                peer.send(ends[turn % len(ends)])
+                turn += 1
                 time.sleep(0.05)
         peer.close()
 

@@ -113,6 +113,7 @@ def test_a_plain_port_redirects_to_https(configured):
     assert plain(redirecting, ask % (b"/.well-known/acme-challenge/gone", b"x")).startswith(b"HTTP/1.1 404 ")
     assert b"308" in plain(redirecting, ask % (b"/.well-known/acme-challenge/../../file", b"x"))[:20]
     assert plain(redirecting, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    assert plain(redirecting, ask % (b"//evil.example/x", b":80")).startswith(b"HTTP/1.1 400 ")
     assert plain(redirecting, b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 405 ")
     assert plain(redirecting, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert plain(redirecting, ask % (b"/", b"evil\\@x")).startswith(b"HTTP/1.1 400 ")
