@@ -175,7 +175,7 @@ class Channel(PlainChannel):
             return
         if isinstance(self._tx, UserspaceTx):
             self._tx.queue(answer)
-            self.session.advance_tx()
+            self.session.advance_tx(records.number_of(answer))
             self._payload_left = self._key_limit()
         else:
             self._renew_keys()  # OpenSSL's record has a stale number and is thrown away; the kernel sends ours

@@ -78,6 +78,15 @@ class OutgoingRecords:
         self._partial = data[at:] if at < end else b""
 
 
+def number_of(wire: bytes) -> int:
+    """Return how many records `wire` holds; they are whole."""
+    count = at = 0
+    while at < len(wire):
+        at += HEADER_LENGTH + (wire[at + 3] << 8 | wire[at + 4])
+        count += 1
+    return count
+
+
 def rec_seq(number: int) -> bytes:
     """Return a record number as the kernel's rec_seq field: 8 bytes, big-endian."""
     return number.to_bytes(8, "big")

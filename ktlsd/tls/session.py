@@ -223,9 +223,10 @@ class Session:
         return uapi.CryptoInfo(self.version, suite.cipher_type, iv=iv[4:], key=key, salt=iv[:4], rec_seq=number)
 
     def answer_key_update(self) -> bytes:
-        """Return our KeyUpdate if the peer's asked for one, else b"" (RFC 8446 §4.6.3); call it when `key_updates` rose.
+        """Return our KeyUpdates if the peer's asked for any, else b"" (RFC 8446 §4.6.3); call it when `key_updates` rose.
 
-        In userspace mode send it and `advance_tx`. In kernel mode throw it away, its number is stale: the kernel sends one.
+        In userspace mode send them and `advance_tx` by their number: OpenSSL writes one record for each request but the last
+        while it reads the next. In kernel mode throw them away, their numbers are stale: the kernel sends one.
         """
         try:
             self._ssl.write(b"")  # OpenSSL writes the KeyUpdate it owes, and nothing else
@@ -233,11 +234,12 @@ class Session:
             raise RecordError(f"OpenSSL can't answer a KeyUpdate: {exc.reason}") from exc
         return self._outgoing.read()
 
-    def advance_tx(self) -> None:
-        """Go to the next generation of our direction's secret, record number 0 (RFC 8446 §7.2)."""
+    def advance_tx(self, generations: int = 1) -> None:
+        """Go on by so many generations of our direction's secret, to record number 0 (RFC 8446 §7.2)."""
         assert self.suite is not None
         assert self._secret is not None
-        self._secret = schedule.next_generation(self._secret, self.suite)
+        for _ in range(generations):
+            self._secret = schedule.next_generation(self._secret, self.suite)
         self._records.start()
 
 

@@ -116,6 +116,27 @@ def test_a_key_update_in_pieces_is_noticed(root):
         peer.sock.close()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+@pytest.mark.parametrize("first", ["request", "updates"])
+def test_several_key_updates_in_one_read_before_the_hand_over(root, count, first):
+    """OpenSSL answers each; the keys that the kernel gets must be so many generations on."""
+    for kernel in (FakeKernel(), None):
+        with ThreadServer(root, kernel, handover_bytes=0) as server:
+            peer = Peer(server.port)
+            whole = _Recorder(peer.tls)
+            if first == "request":
+                peer.ask(b"/small.txt")
+            for _ in range(count):
+                peer.update()
+            if first == "updates":
+                peer.ask(b"/small.txt")
+            peer.sock.sendall(whole.stop())
+            assert peer.body(5) == b"small"
+            peer.ask(b"/big")
+            assert peer.body(len(CONTENT)) == CONTENT
+            peer.sock.close()
+
+
 class _Recorder:
     """Keeps what a tlslite connection would write to its socket."""
 
