@@ -365,12 +365,22 @@ def test_our_own_rekey_before_the_limit(mode, file):
 
 def test_a_reset_while_the_kernel_still_holds_records_ends_the_closing(file):
     """TCP will never take them: waiting would be for ever, and input left unread would make the worker spin."""
-    pair = Pair(FakeKernel(), HandoverPolicy(ALL_TAKEN, handover_bytes=0), send_buffer=4096, receive_buffer=4096)
+
+    class Holding(FakeKernel):
+        def send_control(self, sock, content_type, payload):
+            """Take it behind what TCP has not taken yet, as the real one does while it has memory."""
+            state = self._state(sock)
+            with self._lock:
+                state.pending += state.protection.seal(content_type, payload)
+            return True
+
+    pair = Pair(Holding(), HandoverPolicy(ALL_TAKEN, handover_bytes=0), send_buffer=4096, receive_buffer=4096)
     segments = [FileSlice(file, 0, 200_000)]
     while segments and (sent := pair.channel.try_send(segments)):
         _advance(segments, sent)
     assert not segments, "this kernel accepts all and holds it"
     assert pair.channel.try_close() is None
+    assert pair.channel.told, "close_notify is accepted, behind what TCP has not taken"
     pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     pair.sock.close()
     pair.channel.note_input(ended=True)
