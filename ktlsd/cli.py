@@ -23,7 +23,7 @@ from ktlsd.net.kernel import LinuxKernel
 from ktlsd.protocol.semantics import parse_path
 from ktlsd.server import run
 from ktlsd.server.auth import Signer, hash_password
-from ktlsd.settings import Settings, load_file, read_file, validate
+from ktlsd.settings import ALPN, Settings, load_file, read_file, validate
 
 _SHOWN = 20  # problems told one by one
 
@@ -58,7 +58,7 @@ def main() -> None:
     help="auto: the kernel encrypts where it can. require: exit 1 if it can't. off: userspace only. [auto]",
 )
 @click.option("--workers", metavar="N", type=int, help="Worker processes; this release has one. [1]")
-@click.option("--alpn", metavar="LIST", help="Protocols offered, by commas; this release speaks http/1.1.")
+@click.option("--alpn", metavar="LIST", help="Protocols offered, by commas, the best first: h2,http/1.1.")
 @click.option("--access-log", metavar="FILE|-", help="One line per request; - is standard output. [none]")
 @click.option("--log-format", type=click.Choice(["combined", "json"]), help="Form of the access log. [json]")
 @_errors_as_exit_status
@@ -79,8 +79,11 @@ def _merge(settings: Settings, flags: dict[str, Any]) -> Settings:
     replace = msgspec.structs.replace
     if flags["workers"] not in (None, 1):
         raise SettingsError(f"--workers: {flags['workers']}: this release runs one worker; leave it out")
-    if flags["alpn"] is not None and flags["alpn"] != "http/1.1":
-        raise SettingsError(f"--alpn: {flags['alpn']!r}: this release speaks http/1.1 only")
+    if flags["alpn"] is not None:
+        alpn = tuple(name.strip() for name in flags["alpn"].split(","))
+        if not set(alpn) <= set(ALPN):
+            raise SettingsError(f"--alpn: {flags['alpn']!r}: name h2, http/1.1, or both with a comma between them")
+        settings = replace(settings, tls=replace(settings.tls, alpn=alpn))
     places = {"directory": (None, "root"), "cert": ("tls", "cert"), "key": ("tls", "key"), "ktls": ("ktls", "mode")}
     places |= {"access_log": ("log", "access"), "log_format": ("log", "format")}
     for flag, (section, key) in places.items():

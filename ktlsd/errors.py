@@ -97,5 +97,13 @@ class RequestError(PeerError):
         self.detail = detail
 
 
+class Http2Error(PeerError):
+    """A connection error of HTTP/2 (RFC 9113 §5.4.1); `code` is the name of GOAWAY's error code, "ENHANCE_YOUR_CALM"."""
+
+    def __init__(self, code: str, why: str) -> None:
+        super().__init__(f"HTTP/2 {code}: {why}")
+        self.code = code
+
+
 class FileTruncated(KtlsdError):
     """The file shrank or became unreadable while it was being sent: the connection is aborted so that the client can tell."""

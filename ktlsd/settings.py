@@ -17,7 +17,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 
 DEFAULT_LISTEN: Final = ("localhost:8443",)
-ALPN: Final = ("http/1.1",)
+ALPN: Final = ("h2", "http/1.1")
 
 
 class Ktls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,6 +28,9 @@ class Ktls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     handover_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] = 65_536
     # Payload (bytes) after which a key is renewed; absent: the cipher's limit of RFC 8446 §5.5 with margin.
     rekey_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    # How frames of HTTP/2 go into the kernel: read into a buffer with holes for headers (copy), a sendfile for each frame,
+    # or one sendmsg over headers and mapped pages (docs/performance.md).
+    framing: Literal["copy", "sendfile", "mapped"] = "copy"
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,7 +38,7 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     cert: str | None = None  # PEM, leaf first, then intermediates
     key: str | None = None  # PEM, not encrypted
-    alpn: tuple[Literal["http/1.1"], ...] = ALPN
+    alpn: tuple[Literal["h2", "http/1.1"], ...] = ALPN
     minimum: Literal["TLSv1.2", "TLSv1.3"] = "TLSv1.2"
     client_ca: str | None = None  # PEM; clients are asked for a certificate that one of these has issued
     client_crl: str | None = None  # PEM; certificates that are no longer taken
@@ -103,7 +106,7 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     root: str
     cert: str | None = None  # PEM; together with key; otherwise that of [tls]
     key: str | None = None
-    alpn: tuple[Literal["http/1.1"], ...] | None = None
+    alpn: tuple[Literal["h2", "http/1.1"], ...] | None = None
     files: Files | None = None  # otherwise [files]
     rule: tuple[Rule, ...] = ()
 
@@ -255,7 +258,7 @@ def validate(settings: Settings) -> None:
     tls = settings.tls
     _check_pair("tls.", tls.cert, tls.key)
     if not tls.alpn:
-        raise SettingsError("tls.alpn: is empty; leave it out or name http/1.1")
+        raise SettingsError("tls.alpn: is empty; leave it out or name h2 and http/1.1")
     _check_file("tls.client_ca", tls.client_ca)
     _check_file("tls.client_crl", tls.client_crl)
     for name, value in (("client_crl", tls.client_crl), ("client_auth", tls.client_auth)):
@@ -309,7 +312,7 @@ def _check_site(number: int, site: Site, seen: dict[str, int]) -> None:
         raise SettingsError(f"{where}root: {site.root}: {_why_no_directory(site.root)}")
     _check_pair(where, site.cert, site.key)
     if site.alpn == ():
-        raise SettingsError(f"{where}alpn: is empty; leave it out or name http/1.1")
+        raise SettingsError(f"{where}alpn: is empty; leave it out or name h2 and http/1.1")
     if site.files is not None:
         _check_files(where + "files.", site.files)
     _check_rules(where, site.rule)

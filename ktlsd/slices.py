@@ -1,8 +1,11 @@
 """What a response is made of: bytes, and stretches of open files that nobody reads before the channel does."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
+
+FRAME_HEADER: Final = 9  # bytes, RFC 9113 §4.1
 
 
 @dataclass(slots=True)
@@ -58,4 +61,71 @@ class FileSlice:
         self.file.release()
 
 
-Segment = bytes | memoryview | FileSlice
+class Framed:
+    """A stretch of a file as it goes on the wire in frames: `header` before every `step` bytes, `last_header` before the last.
+
+    Its length counts headers too. Whoever sends it chooses how: nobody has read the file or laid out the frames before.
+    Holds no reference of its own: it is made anew for every turn by someone who does.
+    """
+
+    __slots__ = ("file", "gone", "header", "last_header", "length", "offset", "step", "wire")
+
+    def __init__(self, file: OpenFile, offset: int, length: int, *, step: int, header: bytes, last_header: bytes) -> None:
+        """`length` bytes of payload (at least one) from `offset`; each header is 9 bytes."""
+        self.file = file
+        self.offset = offset
+        self.length = length
+        self.step = step
+        self.header = header
+        self.last_header = last_header
+        self.gone = 0  # bytes of the wire, always less than the first frame
+        self.wire = length + FRAME_HEADER * -(-length // step)
+
+    def __repr__(self) -> str:
+        return f"Framed(fd={self.file.fd}, offset={self.offset}, length={self.length}, step={self.step}, gone={self.gone})"
+
+    def __len__(self) -> int:
+        return self.wire - self.gone
+
+    @property
+    def frames(self) -> int:
+        """How many frames it is, the one that has begun to go included."""
+        return -(-self.length // self.step)
+
+    def pieces(self) -> Iterator[bytes | tuple[int, int]]:
+        """Yield what is left, in order: headers, and payloads as (offset, length)."""
+        gone, at, left = self.gone, self.offset, self.length
+        while left:
+            count = min(self.step, left)
+            left -= count
+            header = self.header if left else self.last_header
+            if gone < FRAME_HEADER:
+                yield header[gone:]
+            skipped = max(gone - FRAME_HEADER, 0)
+            yield at + skipped, count - skipped
+            at += count
+            gone = 0
+
+    def advance(self, count: int) -> None:
+        """Leave out the first `count` bytes of the wire: they are gone."""
+        count += self.gone
+        if count >= self.wire:
+            whole, self.gone = self.length, 0
+        else:
+            frames, self.gone = divmod(count, self.step + FRAME_HEADER)
+            whole = frames * self.step
+        self.offset += whole
+        self.length -= whole
+        self.wire = self.length + FRAME_HEADER * self.frames
+
+    def first_frame(self) -> "Framed":
+        """Return what is left of the frame that has begun to go."""
+        length = min(self.length, self.step)
+        header = self.last_header if length == self.length else self.header
+        frame = Framed(self.file, self.offset, length, step=length, header=header, last_header=header)
+        frame.gone = self.gone
+        return frame
+
+
+Segment = bytes | memoryview | FileSlice  # what a response is made of
+Outgoing = Segment | Framed  # what a channel sends

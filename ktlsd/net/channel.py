@@ -19,9 +19,9 @@ from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import Kernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.net.plain import RECEIVES, Closing, Mode, PlainChannel
-from ktlsd.net.tx_kernel import KernelTx
+from ktlsd.net.tx_kernel import Framing, KernelTx
 from ktlsd.net.tx_userspace import Scratch, UserspaceTx
-from ktlsd.slices import Segment
+from ktlsd.slices import Outgoing
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
 
@@ -32,12 +32,14 @@ class HandoverPolicy:
 
     `handover_bytes`: a response body at least this long hands over, 0 at once. `rekey_bytes`: payload after which a key is
     renewed, None for the cipher's own limit (RFC 8446 §5.5). `off` is the reason no connection may, "" if they may.
+    `framing`: how frames of HTTP/2 go into the kernel.
     """
 
     facts: KernelFacts = field(default_factory=KernelFacts)
     handover_bytes: int = 65_536
     rekey_bytes: int | None = None
     off: str = ""
+    framing: Framing = Framing.COPY
 
 
 class Channel(PlainChannel):
@@ -48,6 +50,7 @@ class Channel(PlainChannel):
         "_keylog",
         "_payload_left",
         "_policy",
+        "_scratch",
         "session",
     )
 
@@ -64,6 +67,7 @@ class Channel(PlainChannel):
         super().__init__(sock, kernel)
         self._policy = policy
         self._keylog = keylog
+        self._scratch = scratch
         self._tx = UserspaceTx(sock, session, kernel, scratch)
         self._payload_left = 0  # bytes the present key may still protect
         self.session = session
@@ -182,7 +186,7 @@ class Channel(PlainChannel):
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
-    def try_send(self, segments: Sequence[Segment], *, body_bytes: int = 0) -> int | None:
+    def try_send(self, segments: Sequence[Outgoing], *, body_bytes: int = 0) -> int | None:
         """Send from the front of `segments`; return how many bytes were accepted, None if none could be.
 
         `body_bytes` is the length of the response body they belong to: it decides about the hand-over. File slices are
@@ -208,7 +212,8 @@ class Channel(PlainChannel):
         except HandoverError as exc:
             self.why_userspace = exc.reason
             return
-        self._tx = KernelTx(self._sock, self.session, self._kernel, info=info, taken_before=taken)
+        scratch, framing = self._scratch, self._policy.framing
+        self._tx = KernelTx(self._sock, self.session, self._kernel, scratch, framing, info=info, taken_before=taken)
         self.mode = Mode.KERNEL
 
     def _renew_keys(self) -> None:

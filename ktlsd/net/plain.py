@@ -9,7 +9,7 @@ from ktlsd.errors import PeerError
 from ktlsd.net.kernel import Kernel
 from ktlsd.net.tx_plain import PlainTx
 from ktlsd.net.tx_userspace import UserspaceTx
-from ktlsd.slices import Segment
+from ktlsd.slices import Outgoing
 
 # More than a request needs; OpenSSL's memory BIO keeps the largest size it ever had, for every idle connection.
 _RECEIVE: Final = 16_384
@@ -45,6 +45,10 @@ class Facts(Protocol):
         """The suite's name."""
 
     @property
+    def alpn(self) -> str | None:
+        """The protocol both agreed on (RFC 7301), None if there was no such agreement."""
+
+    @property
     def resumed(self) -> bool:
         """Whether the handshake was an abbreviated one."""
 
@@ -56,6 +60,7 @@ class Facts(Protocol):
 class _NoTls:
     version_name = ""
     cipher_name = ""
+    alpn = None
     resumed = False
     key_updates = 0
 
@@ -121,7 +126,7 @@ class PlainChannel:
             self._readable = False
         return data
 
-    def try_send(self, segments: Sequence[Segment], *, body_bytes: int = 0) -> int | None:
+    def try_send(self, segments: Sequence[Outgoing], *, body_bytes: int = 0) -> int | None:
         """Send from the front of `segments`; return how many bytes were accepted, None if none could be."""
         return self._tx.send(segments)
 

@@ -4,15 +4,20 @@ The traps (ktls.md §3): what a call accepted is the kernel's, even if TCP has n
 kernel, and no control record may go out behind an open one; shutdown loses what TCP has not taken.
 """
 
+import enum
+import errno
+import mmap
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerError, PeerTruncated
-from ktlsd.net.kernel import Buffer, Kernel
+from ktlsd.net.gather import gather
+from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.net.tx_plain import SENDFILE_MAX, PlainTx
-from ktlsd.slices import FileSlice, Segment
+from ktlsd.net.tx_userspace import Scratch
+from ktlsd.slices import FileSlice, Framed, OpenFile, Outgoing
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
 
@@ -21,26 +26,51 @@ _CLOSING_PIECE: Final = 4_096
 _SEGMENT_MAX: Final = 65_536  # bytes; the largest a TCP segment can be
 
 
+_BURST_MIN: Final = 65_536  # bytes copied ahead of the socket
+
+
+class Framing(enum.Enum):
+    """How frames of HTTP/2 go into a socket whose keys the kernel has."""
+
+    COPY = "copy"  # read into a buffer with holes for headers, one send: one copy more
+    SENDFILE = "sendfile"  # a send and a sendfile for each frame
+    MAPPED = "mapped"  # one sendmsg over headers and mapped pages
+
+
 class KernelTx(PlainTx):
     """The sending half of a channel once TLS_TX has succeeded; there is no way back."""
 
     __slots__ = (
+        "_burst",
         "_cipher_type",
+        "_framing",
         "_notified",
         "_overhead",
         "_owes_key_update",
         "_payload",
         "_record_open",
         "_records_before",
+        "_scratch",
         "_session",
         "_taken_before",
     )
 
     def __init__(
-        self, sock: socket.socket, session: Session, kernel: Kernel, *, info: uapi.CryptoInfo, taken_before: int
+        self,
+        sock: socket.socket,
+        session: Session,
+        kernel: Kernel,
+        scratch: Scratch,
+        framing: Framing,
+        *,
+        info: uapi.CryptoInfo,
+        taken_before: int,
     ) -> None:
         """`info` is what was installed, `taken_before` what TCP had taken by then (bytes of the wire)."""
         super().__init__(sock, kernel)
+        self._scratch = scratch
+        self._framing = framing
+        self._burst = _BURST_MIN
         self._session = session
         self._cipher_type = info.cipher_type
         self._overhead = records.overhead(info.version, info.cipher_type)
@@ -51,13 +81,84 @@ class KernelTx(PlainTx):
         self._payload = 0  # bytes given to the kernel, control records included
         self._records_before = -int.from_bytes(info.rec_seq, "big")  # records under earlier keys, less the first's number
 
-    def send(self, segments: Sequence[Segment]) -> int | None:
+    def send(self, segments: Sequence[Outgoing]) -> int | None:
         """Send from the front of `segments`; return how many bytes were accepted, None if none. Raises FileTruncated."""
         if self._owes_key_update and not self._record_open and not self._send_key_update():
             return None
-        accepted = super().send(segments)
+        framed = any(isinstance(segment, Framed) for segment in segments)
+        accepted = self._send_frames(segments) if framed else super().send(segments)
         self._payload += accepted or 0
         return accepted
+
+    # --- frames of HTTP/2 (ktls.md §5) -----------------------------------------------------------------------------
+
+    def _send_frames(self, segments: Sequence[Outgoing]) -> int | None:
+        """Send headers and the pieces of files between them, in the way this machine does best (docs/performance.md)."""
+        if self._framing is Framing.SENDFILE:
+            return self._frames_by_sendfile(segments)
+        if self._framing is Framing.MAPPED and not self._owes_key_update:
+            return self._frames_by_mapping(segments)
+        data = gather(segments, self._scratch.view[: _CLOSING_PIECE if self._owes_key_update else self._burst])
+        sent = self._send_bytes([data], len(data), more=False)
+        self._burst = min(self._burst * 2, len(self._scratch.view)) if sent == len(data) else max(self._burst // 2, _BURST_MIN)
+        return sent
+
+    def _frames_by_sendfile(self, segments: Sequence[Outgoing]) -> int | None:
+        """Each header in a record that stays open for its payload."""
+        accepted = 0
+        for piece, file in _pieces(segments):
+            if isinstance(piece, bytes | memoryview):
+                offered = len(piece)
+                sent = self._send_bytes([piece], offered, more=file is not None)
+            else:
+                assert file is not None
+                offset, offered = piece
+                sent = self._payload_by_sendfile(file, offset, offered, begun=accepted > 0)
+            accepted += sent or 0
+            if sent is None or sent < offered or (self._owes_key_update and not self._record_open):
+                break
+        return accepted or None
+
+    def _payload_by_sendfile(self, file: OpenFile, offset: int, count: int, *, begun: bool) -> int | None:
+        try:
+            sent = self._kernel.sendfile(self._sock, file.fd, offset, count)
+            if sent == 0:
+                raise FileTruncated(f"the file ends at {offset}, {count} bytes short")
+        except FileTruncated:
+            if begun:
+                return None  # the caller has to know first that its header is gone
+            raise
+        if sent is None:
+            self._unstick()
+        else:
+            self._record_open = sent < count
+        return sent
+
+    def _frames_by_mapping(self, segments: Sequence[Outgoing]) -> int | None:
+        """One sendmsg over headers and mapped pages. Truncated under us, the kernel's copying fails, not our reading."""
+        maps: list[mmap.mmap] = []
+        buffers: list[Buffer] = []
+        try:
+            for segment in segments:
+                if isinstance(segment, Framed):
+                    _map(segment, maps, buffers)
+                elif isinstance(segment, FileSlice):
+                    break
+                else:
+                    buffers.append(segment)
+                if len(buffers) == IOV_MAX:
+                    break
+            return self._send_bytes(buffers, sum(map(len, buffers)), more=False)
+        except OSError as exc:
+            if exc.errno != errno.EFAULT:
+                raise
+            raise FileTruncated("the file became shorter than what was mapped of it") from exc
+        finally:
+            for buffer in buffers:
+                if isinstance(buffer, memoryview) and isinstance(buffer.obj, mmap.mmap):
+                    buffer.release()
+            for mapped in maps:
+                mapped.close()
 
     def _send_bytes(self, run: list[Buffer], offered: int, *, more: bool) -> int | None:
         """Headers in front of a body (`more`) stay in an open record that the body's first bytes join: one record, not two."""
@@ -145,3 +246,31 @@ class KernelTx(PlainTx):
         told = bool(self._kernel.send_control(self._sock, records.ALERT, alert))
         self._payload += len(alert) if told else 0
         return told
+
+
+def _pieces(segments: Sequence[Outgoing]) -> Iterator[tuple[bytes | memoryview | tuple[int, int], OpenFile | None]]:
+    """Yield bytes, with the file whose payload follows them if any, and (offset, length) with the file they are in."""
+    for segment in segments:
+        if isinstance(segment, Framed):
+            for piece in segment.pieces():
+                yield piece, segment.file
+        elif isinstance(segment, FileSlice):
+            yield (segment.offset, segment.length), segment.file
+        elif len(segment):
+            yield segment, None
+
+
+def _map(run: Framed, maps: list[mmap.mmap], buffers: list[Buffer]) -> None:
+    """Append a run's headers and mapped payloads to `buffers`, and the mapping to `maps`. Raises FileTruncated."""
+    base = run.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    try:
+        mapped = mmap.mmap(run.file.fd, run.offset + run.length - base, prot=mmap.PROT_READ, offset=base)
+    except (OSError, ValueError) as exc:
+        raise FileTruncated(f"cannot map {run.length} bytes at {run.offset}: {exc}") from exc
+    maps.append(mapped)
+    view = memoryview(mapped)
+    for piece in run.pieces():
+        if len(buffers) == IOV_MAX:
+            break
+        buffers.append(piece if isinstance(piece, bytes) else view[piece[0] - base : piece[0] - base + piece[1]])
+    view.release()

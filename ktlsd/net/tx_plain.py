@@ -6,7 +6,7 @@ from typing import Final
 
 from ktlsd.errors import FileTruncated, PeerError
 from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
-from ktlsd.slices import FileSlice, Segment
+from ktlsd.slices import FileSlice, Framed, Outgoing
 
 # One sendfile call. Longer ones save little and keep the other connections waiting. A multiple of a TLS record.
 SENDFILE_MAX: Final = 2 << 20
@@ -21,7 +21,7 @@ class PlainTx:
         self._sock = sock
         self._kernel = kernel
 
-    def send(self, segments: Sequence[Segment]) -> int | None:
+    def send(self, segments: Sequence[Outgoing]) -> int | None:
         """Send from the front of `segments`; return how many bytes were accepted, None if none. Raises FileTruncated."""
         accepted, at = 0, 0
         while at < len(segments):
@@ -30,6 +30,8 @@ class PlainTx:
                 at += 1
                 offered = segment.length
                 sent = self._send_slice(segment, accepted) if offered else 0
+            elif isinstance(segment, Framed):
+                raise AssertionError("frames are HTTP/2, which is spoken over TLS only")
             else:
                 run = _bytes_run(segments, at)
                 at += len(run)
@@ -71,11 +73,11 @@ class PlainTx:
         return False
 
 
-def _bytes_run(segments: Sequence[Segment], at: int) -> list[Buffer]:
+def _bytes_run(segments: Sequence[Outgoing], at: int) -> list[Buffer]:
     """Return the buffers from `at` up to the next file slice, no more than one call takes."""
     run: list[Buffer] = []
     for segment in segments[at : at + IOV_MAX]:
-        if isinstance(segment, FileSlice):
+        if isinstance(segment, FileSlice | Framed):
             break
         run.append(segment)
     return run

@@ -4,14 +4,14 @@ One step gathers up to 256 KiB of plaintext, encrypts it record by record and gi
 fast as SSLSocket.sendall over a mapping, and an idle connection keeps nothing of it.
 """
 
-import os
 import socket
 from collections.abc import Sequence
 from typing import Final
 
-from ktlsd.errors import FileTruncated, PeerError
+from ktlsd.errors import PeerError
+from ktlsd.net.gather import gather
 from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
-from ktlsd.slices import FileSlice, Segment
+from ktlsd.slices import Outgoing
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
 
@@ -41,11 +41,11 @@ class UserspaceTx:
         self._burst = _BURST_MIN
         self._notified = False
 
-    def send(self, segments: Sequence[Segment]) -> int | None:
+    def send(self, segments: Sequence[Outgoing]) -> int | None:
         """Encrypt and send from the front of `segments`; None if older ciphertext still waits. Raises FileTruncated."""
         if not self.flush():
             return None
-        plain = _gather(segments, self._scratch.view[: self._burst])
+        plain = gather(segments, self._scratch.view[: self._burst])
         if not plain:
             return 0
         self._unsent = list(self._session.encrypt(plain))
@@ -89,36 +89,3 @@ class UserspaceTx:
         self.queue(error.farewell)
         self.flush()
         return bool(error.farewell)
-
-
-def _gather(segments: Sequence[Segment], view: memoryview) -> bytes | memoryview:
-    """Return the front of `segments` as one buffer, at most as long as `view`, which it may fill.
-
-    Files are read with pread and not mapped: a mapping that is truncated under us is SIGBUS, and was no faster.
-    """
-    if len(segments) == 1 and isinstance(segments[0], bytes | memoryview):
-        return segments[0][: len(view)]
-    filled = 0
-    for segment in segments:
-        room = view[filled : filled + len(segment)]
-        if not room:
-            continue
-        if isinstance(segment, FileSlice):
-            got = _read(segment, room)
-            filled += got
-            if got < len(room):
-                break
-        else:
-            room[:] = segment[: len(room)]
-            filled += len(room)
-    return view[:filled]
-
-
-def _read(segment: FileSlice, room: memoryview) -> int:
-    try:
-        got = os.preadv(segment.file.fd, [room], segment.offset)
-    except OSError as exc:
-        raise FileTruncated(f"read at {segment.offset}: {exc.strerror}") from exc
-    if not got:
-        raise FileTruncated(f"the file ends at {segment.offset}, {segment.length} bytes short")
-    return got

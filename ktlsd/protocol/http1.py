@@ -11,7 +11,7 @@ from typing import Final
 from ktlsd.errors import RequestError
 from ktlsd.protocol.bodies import BodyDrain
 from ktlsd.protocol.http1_syntax import parse_fields, parse_request_line, target_and_host
-from ktlsd.protocol.messages import Completed, Refused, Request, Response, reason_phrase
+from ktlsd.protocol.messages import Ended, Refused, Request, Response, reason_phrase
 from ktlsd.slices import FileSlice, Segment
 
 MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
@@ -56,6 +56,8 @@ class Http1Connection:
         self._input_ended = False
         self._draining = False
         self.closing = False  # the last response is out: close
+        self.fault = None  # HTTP/1.1 tells what is wrong in a response
+        self.leaving = False
 
     # --- what the server wants to know -----------------------------------------------------------------------------
 
@@ -94,8 +96,11 @@ class Http1Connection:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes) -> list[Request | Refused]:
-        """Take input, return the requests that are whole. Call with b"" after responses went out: more may be waiting."""
+    def receive(self, data: bytes, now: float = 0.0) -> list[Request | Refused]:
+        """Take input, return the requests that are whole. Call with b"" after responses went out: more may be waiting.
+
+        `now` is for HTTP/2, whose peers need budgets.
+        """
         if self._refused:
             self._discarded += len(data)  # the connection ends with the response that is on its way
             return []
@@ -311,7 +316,7 @@ class Http1Connection:
             return False
         return exchange.response.stream is not None and not exchange.response.body
 
-    def sent(self, count: int) -> list[Completed]:
+    def sent(self, count: int) -> list[Ended]:
         """Account for `count` bytes from the front of `next_output` that are gone; return the responses now complete."""
         completed = []
         while self._exchanges:
@@ -342,25 +347,29 @@ class Http1Connection:
         assert count == 0, "more bytes were sent than there were"
         return completed
 
-    def _finish(self, exchange: _Exchange, response: Response) -> Completed:
+    def _finish(self, exchange: _Exchange, response: Response) -> Ended:
         self._exchanges.popleft()
         if not exchange.keep_alive:
             self.closing = True
             self._refused = True
         elif self._draining and not self._exchanges:
             self.closing = True
-        return Completed(exchange.stream_id, response.status, exchange.body_sent)
+        return Ended(exchange.stream_id, response.status, exchange.body_sent, complete=True)
 
-    def abandon(self) -> list[tuple[int, int, int]]:
-        """Let go of all unfinished responses; return (stream_id, status or 0, body bytes sent) of each."""
+    def abandon(self) -> list[Ended]:
+        """Let go of all unfinished responses and return them."""
         left = []
         for exchange in self._exchanges:
             status = exchange.response.status if exchange.response else 0
-            left.append((exchange.stream_id, status, exchange.body_sent))
+            left.append(Ended(exchange.stream_id, status, exchange.body_sent, complete=False))
             if exchange.response is not None:
                 exchange.response.close()
         self._exchanges.clear()
         return left
+
+    def file_failed(self) -> bool:
+        """A file can't be sent to its end: nobody could tell the response behind it from its rest."""
+        return False
 
 
 def _head(response: Response, exchange: _Exchange) -> bytes:

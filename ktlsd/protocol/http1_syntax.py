@@ -10,7 +10,7 @@ _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
 # No part of it overlaps another: blanks are stripped afterwards, backtracking over them would be cubic.
 _FIELD: Final = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
-_HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]*)(?::\d{0,5})?")
+HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~!$&'()*+,;=%]*)(?::\d{0,5})?")
 
 
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, bool]:
@@ -47,12 +47,12 @@ def target_and_host(method: bytes, target: bytes, values: dict[bytes, list[bytes
     if len(hosts) > 1 or (not hosts and not http10):
         raise RequestError(400, "There must be exactly one Host field.")
     host = hosts[0] if hosts else b""
-    if not _HOST.fullmatch(host):
+    if not HOST.fullmatch(host):
         raise RequestError(400, "The Host field is not a host.")
     if target.startswith(b"/"):
         return target, host
     if method == b"CONNECT":  # authority-form, RFC 9112 §3.2.3
-        if not _HOST.fullmatch(target):
+        if not HOST.fullmatch(target):
             raise RequestError(400, "The target of CONNECT is not HOST:PORT.")
         return target, target
     if target == b"*":
@@ -63,7 +63,7 @@ def target_and_host(method: bytes, target: bytes, values: dict[bytes, list[bytes
     if separator and scheme.lower() in (b"http", b"https"):
         cut = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
         authority, path = rest[:cut], rest[cut:]
-        if not authority or not _HOST.fullmatch(authority):
+        if not authority or not HOST.fullmatch(authority):
             raise RequestError(400, "The target's host is not a host.")
         return path if path.startswith(b"/") else b"/" + path, authority
     raise RequestError(400, "The target is neither a path nor an http(s) URL.")

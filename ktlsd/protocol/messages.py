@@ -81,12 +81,13 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
-    """A response whose last byte the channel has accepted."""
+class Ended:
+    """A response that has ended: `complete` if the channel has accepted its last byte. `status` is 0 before there was one."""
 
     stream_id: int
     status: int
     body_bytes: int
+    complete: bool
 
 
 def reason_phrase(status: int) -> str:

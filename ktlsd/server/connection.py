@@ -4,18 +4,28 @@ handshake -> HTTP -> closing -> closed. Output first, then input, then back to t
 """
 
 import enum
-import time
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from ktlsd.errors import FileTruncated, Overdue, PeerError, PeerTruncated, PlainHttp, RequestError, UnexpectedMessage
+from ktlsd.errors import (
+    FileTruncated,
+    Http2Error,
+    Overdue,
+    PeerError,
+    PeerTruncated,
+    PlainHttp,
+    RequestError,
+    UnexpectedMessage,
+)
 from ktlsd.net.plain import Mode, PlainChannel
 from ktlsd.net.poller import Event
 from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.http1_syntax import plain_answer
-from ktlsd.protocol.messages import Completed, Refused, Request, Response
-from ktlsd.server.accesslog import AccessLog, Entry, TlsFacts, timestamp
+from ktlsd.protocol.http2 import Http2Connection
+from ktlsd.protocol.messages import Refused, Request, Response
+from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.auth import Later
+from ktlsd.server.ledger import Ledger
 from ktlsd.server.metrics import Metrics
 from ktlsd.settings import Limits
 
@@ -50,14 +60,6 @@ class Turn(enum.Enum):
     CLOSED = enum.auto()
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A request that is being answered."""
-
-    request: Request | Refused
-    started: float  # seconds since the epoch
-
-
 @dataclass(frozen=True, slots=True)
 class Services:
     """What connections share: none of it belongs to any."""
@@ -76,12 +78,14 @@ class Connection:
         "_client",
         "_close_tick",
         "_close_until",
+        "_complaint",
+        "_faulted",
         "_fd",
         "_http",
         "_jobs",
         "_key_update_tokens",
         "_key_updates_seen",
-        "_pending",
+        "_ledger",
         "_services",
         "_stage",
         "_unacknowledged",
@@ -93,16 +97,18 @@ class Connection:
         self._channel = channel
         self._client = client
         self._services = services
-        self._http = Http1Connection(max_requests=services.limits.requests_per_connection)
-        self._pending: dict[int, _Pending] = {}
+        self._http: Http1Connection | Http2Connection = Http1Connection(max_requests=services.limits.requests_per_connection)
+        self._ledger = Ledger(services.access_log, services.metrics, client[0])
         self._jobs: list[tuple[int, Later]] = []
         self._stage = _Stage.HANDSHAKE
         self._fd = channel.fileno()
+        self._faulted = False
         self._key_update_tokens = (now, float(_KEY_UPDATES_PER_SECOND))
         self._key_updates_seen = 0
         self._close_tick = _CLOSE_TICK
         self._close_until = 0.0
         self._unacknowledged = 0
+        self._complaint: str | None = None
         self.deadline = now + services.limits.handshake_timeout
         self.draining = False
 
@@ -113,32 +119,40 @@ class Connection:
     # --- the one function ------------------------------------------------------------------------------------------
 
     def pump(self, now: float, event: Event) -> tuple[Turn, str | None]:
-        """Do all that can be done at once; return how it ended and, if the peer was at fault, one line about it."""
+        """Do all that can be done at once; return how it ended and, if somebody was at fault, one line about it."""
         if event.readable:
             self._channel.note_input(ended=event.ended)
         try:
-            if event.overdue and self.deadline <= now:
-                self._overdue(now)
-            if self._stage is _Stage.HANDSHAKE:
-                if not self._channel.try_handshake():
-                    return Turn.WAIT, None
-                self._established(now)
-            if self._stage is _Stage.HTTP and self._pump_http(now):
-                return Turn.AGAIN, None
-            if self._stage is _Stage.CLOSING:
-                self._pump_closing(now)
-                if self._stage is _Stage.CLOSING and self._channel.has_input:
-                    return Turn.AGAIN, None
+            turn = self._turn(now, overdue=event.overdue and self.deadline <= now)
         except (PeerError, FileTruncated) as error:
-            return self._fail(error, now)
-        return (Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.WAIT), None
+            turn = self._fail(error, now)
+        complaint, self._complaint = self._complaint, None
+        return turn, complaint
+
+    def _turn(self, now: float, *, overdue: bool) -> Turn:
+        if overdue:
+            self._overdue(now)
+        if self._stage is _Stage.HANDSHAKE:
+            if not self._channel.try_handshake():
+                return Turn.WAIT
+            self._established(now)
+        if self._stage is _Stage.HTTP and self._pump_http(now):
+            return Turn.AGAIN
+        if self._stage is _Stage.CLOSING:
+            self._pump_closing(now)
+            if self._stage is _Stage.CLOSING and self._channel.has_input:
+                return Turn.AGAIN
+        return Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.WAIT
 
     def _established(self, now: float) -> None:
         self._stage = _Stage.HTTP
-        facts, metrics = self._channel.facts, self._services.metrics
+        facts, metrics, limits = self._channel.facts, self._services.metrics, self._services.limits
         if self._channel.mode is not Mode.PLAIN:
             metrics.count("handshakes_resumed" if facts.resumed else "handshakes_full")
-        self.deadline = now + self._services.limits.idle_timeout
+        self.deadline = now + limits.idle_timeout
+        if facts.alpn == "h2":
+            self._http = Http2Connection(max_requests=limits.requests_per_connection)
+            metrics.count("connections_http2")
         if self.draining:
             self._http.drain(one_more=True)
 
@@ -149,10 +163,16 @@ class Connection:
         channel.try_flush()  # the end of a response may still be held there when HTTP has nothing more to send
         while True:
             while segments := http.next_output(_BUDGET):
-                sent = channel.try_send(segments, body_bytes=http.body_bytes)
+                try:
+                    sent = channel.try_send(segments, body_bytes=http.body_bytes)
+                except FileTruncated as error:
+                    if not http.file_failed():
+                        raise
+                    self._complain(error, "stream_ended")
+                    continue
                 if sent is None:
                     break
-                self._completed(http.sent(sent))
+                self._ledger.close(http.sent(sent), channel)
                 self._set_deadline(now)
                 spent += sent
                 if spent >= _BUDGET or http.working:
@@ -160,16 +180,19 @@ class Connection:
             if http.working:
                 self._set_deadline(now)
                 return True
-            if completed := http.sent(0):  # a stream that ended without a last piece
-                self._completed(completed)
+            if ended := http.sent(0):  # without a last piece, or reset
+                self._ledger.close(ended, channel)
                 continue
-            if channel.expiring and not http.busy:
+            if channel.expiring:
                 http.drain()
+            if http.fault is not None and not self._faulted:
+                self._faulted = True
+                self._complain(http.fault)
             if http.closing:
                 self._begin_closing(now)
                 return False
             if not self._take_input(now):
-                if channel.expiring and not http.busy and not http.closing and not http.head_begun:
+                if channel.expiring and not (http.busy or http.closing or http.leaving or http.head_begun):
                     continue  # a KeyUpdate came that can't be answered, and nothing is owed: end it now
                 return channel.has_input and http.wants_input
             received += 1
@@ -179,7 +202,7 @@ class Connection:
     def _take_input(self, now: float) -> bool:
         """Receive once and answer what became whole; False if nothing new came."""
         http, channel = self._http, self._channel
-        requests = http.receive(b"") if http.head_begun else []
+        requests = http.receive(b"", now) if http.head_begun else []
         if not requests:
             if not http.wants_input:
                 return False
@@ -194,7 +217,7 @@ class Connection:
                 http.end_of_input()
                 return True
             begun = http.head_begun
-            requests = http.receive(data)
+            requests = http.receive(data, now)
             if not begun and not requests and http.head_begun and not http.busy:
                 self._set_deadline(now)
         for request in requests:
@@ -202,8 +225,7 @@ class Connection:
         return True
 
     def _answer(self, request: Request | Refused, now: float) -> None:
-        self._pending[request.stream_id] = _Pending(request, time.time())
-        self._services.metrics.count("requests")
+        self._ledger.open(request)
         self._respond(request, now)
 
     def _respond(self, request: Request | Refused, now: float) -> None:
@@ -226,13 +248,13 @@ class Connection:
 
     def resume(self, stream_id: int, now: float, *, refusal: RequestError | None = None) -> None:
         """A job is done, or could not be: answer the request. Pump afterwards."""
-        pending = self._pending.get(stream_id)
-        if pending is None or self._stage is not _Stage.HTTP:
+        request = self._ledger.request(stream_id)
+        if request is None or self._stage is not _Stage.HTTP:
             return  # the client has left meanwhile
         if refusal is None:
-            self._respond(pending.request, now)
+            self._respond(request, now)
         else:
-            self._http.respond(stream_id, self._services.responder.refuse(pending.request, refusal))
+            self._http.respond(stream_id, self._services.responder.refuse(request, refusal))
 
     def _set_deadline(self, now: float) -> None:
         """Something was achieved. What comes next has its own time: progress of a response, the rest of a head, a request."""
@@ -242,7 +264,7 @@ class Connection:
         elif self._http.head_begun:
             self.deadline = now + limits.header_timeout
         else:
-            self.deadline = now + limits.idle_timeout
+            self.deadline = now + (limits.linger_timeout if self._http.leaving else limits.idle_timeout)
 
     def _check_key_updates(self, now: float) -> None:
         """A token bucket: `_KEY_UPDATES_PER_SECOND` may come at once, and as many again with every second."""
@@ -322,8 +344,8 @@ class Connection:
         self._stage = _Stage.CLOSED
         self.deadline = float("inf")
 
-    def _fail(self, error: PeerError | FileTruncated, now: float) -> tuple[Turn, str | None]:
-        """End the connection because of `error`; return a line for the log, None if nothing was lost."""
+    def _fail(self, error: PeerError | FileTruncated, now: float) -> Turn:
+        """End the connection because of `error`; there is a line for the log if anything was lost."""
         stage = self._stage
         if isinstance(error, PlainHttp):
             self._channel.send_plain(plain_answer(error.request))
@@ -338,21 +360,24 @@ class Connection:
             if unfinished or (isinstance(error, Overdue) and stage is _Stage.CLOSING):
                 self._channel.abort()
             self._finish()
-        turn = Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.AGAIN if self._channel.has_input else Turn.WAIT
-        metrics = self._services.metrics
         if not unfinished and isinstance(error, PeerTruncated) and stage is not _Stage.HANDSHAKE:
-            metrics.count("closed_by_client")
-            return turn, None  # between requests many clients just leave
-        metrics.count(f"ended:{type(error).__name__}")
+            self._services.metrics.count("closed_by_client")  # between requests many clients just leave
+        else:
+            self._complain(error)
+        return Turn.CLOSED if self._stage is _Stage.CLOSED else Turn.AGAIN if self._channel.has_input else Turn.WAIT
+
+    def _complain(self, error: PeerError | FileTruncated, what: str = "ended") -> None:
+        """Count an error, and have one line about it in the log."""
+        name = f"{type(error).__name__}:{error.code}" if isinstance(error, Http2Error) else type(error).__name__
+        self._services.metrics.count(f"{what}:{name}")
         host, port = self._client
-        return turn, f"{host} port {port}: {error}"
+        self._complaint = f"{host} port {port}: {error}"
 
     def _abandon(self) -> bool:
         """Give up the responses that are not complete, log them as such; whether there were any."""
         left = self._http.abandon()
-        for stream_id, status, body_bytes in left:
-            self._log(stream_id, status, body_bytes, complete=False)
-        return bool(left)
+        self._ledger.close(left, self._channel)
+        return any(not each.complete for each in left)
 
     def shut(self) -> None:
         """End at once, at the end of the drain time or because of a bug: with RST if a response is unfinished."""
@@ -360,35 +385,3 @@ class Connection:
         if self._abandon() or self._stage is _Stage.CLOSING:
             self._channel.abort()
         self._finish()
-
-    def _completed(self, completed: list[Completed]) -> None:
-        for done in completed:
-            self._log(done.stream_id, done.status, done.body_bytes, complete=True)
-
-    def _log(self, stream_id: int, status: int, body_bytes: int, *, complete: bool) -> None:
-        pending = self._pending.pop(stream_id, None)
-        services, channel = self._services, self._channel
-        services.metrics.count(f"body_bytes:{channel.mode.value}", body_bytes)
-        if pending is None or not services.access_log.enabled:
-            return
-        request, kernel = pending.request, channel.mode is Mode.KERNEL
-        why = None if kernel else channel.why_userspace or "no response of handover_bytes yet"
-        facts = channel.facts
-        tls = TlsFacts(facts.version_name, facts.cipher_name, facts.resumed, channel.mode.value, why)
-        end = time.time()
-        common = {"status": status, "bytes": body_bytes, "complete": complete, "tls": tls, "client": self._client[0]}
-        timing = {"time": timestamp(end), "duration": round(max(end - pending.started, 0.0), 6)}
-        services.access_log.add(Entry(**_request_facts(request), **common, **timing))  # type: ignore[arg-type]
-
-
-def _request_facts(request: Request | Refused) -> dict[str, str | None]:
-    """What the log says of the request itself; latin-1 keeps every byte apart."""
-    facts: dict[str, str | None] = {"protocol": "", "host": "", "range": None, "referer": None, "user_agent": None}
-    if isinstance(request, Refused):
-        method, _, rest = request.request_line.decode("latin-1").partition(" ")
-        return facts | {"method": method, "target": rest.partition(" ")[0]}
-    for key, name in (("range", b"range"), ("referer", b"referer"), ("user_agent", b"user-agent")):
-        value = request.header(name)
-        facts[key] = value.decode("latin-1") if value is not None else None
-    target, host = request.target.decode("latin-1"), request.host.decode("latin-1")
-    return facts | {"method": request.method, "target": target, "protocol": request.version, "host": host}

@@ -18,6 +18,7 @@ from ktlsd.net.channel import HandoverPolicy
 from ktlsd.net.kernel import Kernel, LinuxKernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.net.listeners import Listener
+from ktlsd.net.tx_kernel import Framing
 from ktlsd.server import process
 from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.connection import Services
@@ -124,7 +125,7 @@ def prepare_kernel(
         if ktls.mode == "require":
             raise StartError(f"--ktls require: no key log ({exc.strerror}): /proc, fs.pipe-user-pages-soft") from exc
         return HandoverPolicy(facts, off=f"no key log: {exc.strerror}"), None
-    return HandoverPolicy(facts, ktls.handover_bytes, ktls.rekey_bytes), keylog
+    return HandoverPolicy(facts, ktls.handover_bytes, ktls.rekey_bytes, framing=Framing(ktls.framing)), keylog
 
 
 def _told(settings: Settings, bound: list[tuple[str, list[Listener]]], plain: list[Door], trust: str | None) -> list[str]:

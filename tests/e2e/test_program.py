@@ -141,7 +141,7 @@ def test_without_a_certificate_one_is_made_once(folder):
         (["root", "--listen", "192.0.2.1:8443"], 1, "not this machine's"),
         (["root", "--listen", "127.0.0.1:{busy}"], 1, "another program listens there"),
         (["root", "--workers", "2"], 2, "--workers"),
-        (["root", "--alpn", "h2"], 2, "http/1.1 only"),
+        (["root", "--alpn", "h3"], 2, "name h2, http/1.1"),
         (["root", "--ktls", "maybe"], 2, "maybe"),
         (["root", "--access-log", "no/such/dir/log"], 2, "log.access"),
         (["root", "--config", "bad.toml"], 2, "bad.toml: ktls.handover_bytes"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ktlsd.protocol.http1 import MAX_HEAD, MAX_PIPELINED, MAX_REQUEST_LINE, Http1Connection
 from ktlsd.protocol.http1_syntax import MAX_FIELDS
-from ktlsd.protocol.messages import Refused, Request, Response
+from ktlsd.protocol.messages import Ended, Refused, Request, Response
 from ktlsd.slices import FileSlice, OpenFile
 
 
@@ -269,7 +269,7 @@ def test_abandon_lets_go_of_files():
     (request,) = connection.receive(HEAD + b"\r\n")
     connection.respond(request.stream_id, Response(200, [], [FileSlice(file, 0, 10)], 10))
     file.release()
-    assert connection.abandon() == [(request.stream_id, 200, 0)]
+    assert connection.abandon() == [Ended(request.stream_id, 200, 0, complete=False)]
     assert closed == [5]
 
 

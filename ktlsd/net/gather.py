@@ -1,0 +1,90 @@
+"""From segments to one buffer: what is sent by copying is read from files straight to where it goes.
+
+Files are read with pread and not mapped: a mapping that is truncated under us is SIGBUS, and was no faster.
+"""
+
+import os
+from collections.abc import Sequence
+
+from ktlsd.errors import FileTruncated
+from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, Outgoing
+
+
+def gather(segments: Sequence[Outgoing], view: memoryview) -> bytes | memoryview:
+    """Return the front of `segments` as one buffer, at most as long as `view`, which it may fill.
+
+    A frame's header is never the last of it: if its payload can't be read the frame is left out. Raises FileTruncated if
+    that leaves nothing.
+    """
+    if len(segments) == 1 and isinstance(segments[0], bytes | memoryview):
+        return segments[0][: len(view)]
+    filled = 0
+    for segment in segments:
+        room = view[filled : filled + len(segment)]
+        if not room:
+            continue
+        if isinstance(segment, bytes | memoryview):
+            room[:] = segment[: len(room)]
+            filled += len(room)
+            continue
+        try:
+            got = _read(segment, room) if isinstance(segment, FileSlice) else _read_framed(segment, room)
+        except FileTruncated:
+            if filled:
+                break
+            raise
+        filled += got
+        if got < len(room):
+            break
+    return view[:filled]
+
+
+def _read(segment: FileSlice, room: memoryview) -> int:
+    return _preadv(segment.file.fd, [room], segment.offset, segment.length)
+
+
+def _preadv(fd: int, rooms: list[memoryview], offset: int, length: int) -> int:
+    try:
+        got = os.preadv(fd, rooms, offset)
+    except OSError as exc:
+        raise FileTruncated(f"read at {offset}: {exc.strerror}") from exc
+    if not got:
+        raise FileTruncated(f"the file ends at {offset}, {length} bytes short")
+    return got
+
+
+def _read_framed(run: Framed, room: memoryview) -> int:
+    """Lay out the front of a run of frames in `room`; return how much of it: whole frames, but for the room's own end."""
+    step, stride, size = run.step, run.step + FRAME_HEADER, len(room)
+    if size < len(run):
+        size = max((size + run.gone) // stride * stride - run.gone, 0) or size
+    frame, at = 0, -run.gone  # where the frame would begin
+    rooms = []
+    last = run.frames - 1
+    wanted = 0
+    while at < size and frame <= last:
+        header = run.header if frame < last else run.last_header
+        start = at + FRAME_HEADER
+        if at >= 0:
+            room[at:start] = header[: size - at]
+        elif start > 0:
+            room[:start] = header[-start:][:size]
+        payload = room[max(start, 0) : min(start + step, size)]
+        if payload:
+            rooms.append(payload)
+            wanted += len(payload)
+        frame += 1
+        at += stride
+    skipped = max(run.gone - FRAME_HEADER, 0)  # bytes of the first frame's payload that are gone
+    if not wanted:
+        return size
+    got = _preadv(run.file.fd, rooms, run.offset + skipped, run.length - skipped)
+    if got == wanted:
+        return size
+    whole = (got + skipped) // step
+    if not whole:
+        # The file is shorter than it was. Of a frame that has begun everything is to go; of a new one nothing may.
+        if run.gone:
+            return max(FRAME_HEADER - run.gone, 0) + got
+        raise FileTruncated(f"the file ends at {run.offset + got}, {run.length - got} bytes short")
+    return whole * stride - run.gone

@@ -1,0 +1,380 @@
+"""HTTP/2 on the wire (RFC 9113): a connection's bytes to requests, responses to frames. h2 keeps the state (`engine`).
+
+Frames are cut (`http2_input`) and handed to it one by one, so that every one is paid for before it costs anything, and
+GOAWAY ends in what RFC 9113 §6.8 wants, not in a dead connection. What goes out is in `http2_output`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from h2 import events
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+
+from ktlsd.errors import Http2Error, RequestError
+from ktlsd.protocol import engine as wire
+from ktlsd.protocol.bodies import MAX_BODY
+from ktlsd.protocol.budgets import Budgets
+from ktlsd.protocol.engine import Engine, frame_header
+from ktlsd.protocol.header_blocks import FORGET_TABLE, HeaderList, block_of
+from ktlsd.protocol.http2_fields import MalformedRequest, request_of
+from ktlsd.protocol.http2_input import LAST_STREAM, PREFACE, Frame, Input
+from ktlsd.protocol.http2_output import Output, Stream
+from ktlsd.protocol.messages import Ended, Refused, Request, Response
+from ktlsd.protocol.priorities import UNSAID, Priority, parse_priority
+from ktlsd.slices import Outgoing
+
+_MAX_QUEUED: Final = 65_536  # bytes of answers the client has not taken; above it no more input is wanted
+_MAX_DISCARDED: Final = 262_144  # bytes taken after an error and thrown away
+_SETTINGS_TIMEOUT: Final = 20.0  # seconds
+_OUR_PING: Final = b"draining"
+
+
+class Http2Connection:
+    """One connection's protocol state, with the same doors as `Http1Connection`."""
+
+    def __init__(self, *, max_requests: int = 10_000, budgets: Budgets | None = None) -> None:
+        self._engine = Engine()
+        self._engine.initiate_connection()
+        self._engine.receive_data(PREFACE)  # `Input` has seen the client's
+        self._output = Output(self._engine)
+        self._output.control(self._engine.data_to_send())
+        self._budgets = budgets or Budgets()
+        self._input = Input(self._budgets)
+        self._early: dict[int, Priority] = {}  # PRIORITY_UPDATE that came before its request
+        self._found: list[Request | Refused] = []
+        self._left = max_requests
+        self._now = 0.0
+        self._acknowledge_by = 0.0  # when our SETTINGS must have been acknowledged; 0: not sent, inf: they have been
+        self._first_response = True
+        self._draining = False  # told that we are going to stop
+        self._last_told = False  # told which was the last request
+        self._input_ended = False
+        self._discarded = 0
+        self.fault: Http2Error | None = None  # the client broke a rule: GOAWAY is on its way, nothing else goes
+        self.body_bytes = 0  # the longest response body so far
+
+    # --- what the server wants to know -----------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is owed, or anything is on its way."""
+        return bool(self._output.streams) or self._output.queued > 0
+
+    @property
+    def owes_work(self) -> bool:
+        """Whether all that is owed waits for something of ours, not for the client."""
+        streams = self._output.streams
+        return bool(streams) and not self._output.queued and all(stream.waits_for_us for stream in streams.values())
+
+    @property
+    def head_begun(self) -> bool:
+        """Whether part of something has come and the rest has not: the preface, a frame, a header block."""
+        return self._input.begun
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the client has been told that this connection will end, and may still have requests on the way."""
+        return self._draining and not self._last_told
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether more input may be handed in: not while the client doesn't take our answers to it."""
+        if self.fault is not None:
+            return self._discarded < _MAX_DISCARDED and not self._input_ended
+        return self._output.queued <= _MAX_QUEUED and not self._input_ended
+
+    @property
+    def working(self) -> bool:
+        """Whether `next_output` has nothing now, but would have after more work: call it again, others first."""
+        return self._output.working
+
+    @property
+    def closing(self) -> bool:
+        """Whether all has been said: close."""
+        output = self._output
+        if output.queued:
+            return False
+        if self.fault is not None or (self._last_told and not output.streams):
+            return True
+        return self._input_ended and not output.can_go_on
+
+    # --- input -----------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes, now: float = 0.0) -> list[Request | Refused]:
+        """Take input, return the requests that are whole; `now` is monotonic seconds, for the budgets."""
+        self._now = now
+        if not self._acknowledge_by:
+            self._acknowledge_by = now + _SETTINGS_TIMEOUT
+        elif now > self._acknowledge_by:
+            self._end(Http2Error("SETTINGS_TIMEOUT", "our SETTINGS were not acknowledged"))
+        if self.fault is not None:
+            self._discarded += len(data)
+            return []
+        try:
+            for frame in self._input.frames(data, now):
+                self._frame(frame)
+                if self.fault is not None:
+                    break
+        except Http2Error as error:
+            self._end(error)
+        except ProtocolError as exc:
+            self._engine.clear_outbound_data_buffer()  # h2's own GOAWAY
+            self._end(Http2Error(ErrorCodes(exc.error_code).name, str(exc)))
+        found, self._found = self._found, []
+        return found if self.fault is None else []
+
+    def _frame(self, frame: Frame) -> None:
+        raw, kind, flags, stream_id = frame
+        if not self._input.in_block:
+            if kind == wire.HEADERS and flags & ~(wire.END_STREAM | wire.HAS_PRIORITY) == wire.END_HEADERS:
+                if self._engine.takes_request(stream_id) and len(raw) > 9 + 5:
+                    self._plain_request(raw, flags, stream_id)
+                    return
+            elif kind == wire.GOAWAY and stream_id == 0 and len(raw) >= 9 + 8:
+                self._tell_last()  # it leaves: what it has asked is answered
+                return
+            elif kind == wire.PRIORITY_UPDATE:
+                self._priority_update(raw, stream_id)
+                return
+            elif kind == wire.RST_STREAM and stream_id > self._engine.highest_inbound_stream_id:
+                raise Http2Error("PROTOCOL_ERROR", "RST_STREAM on an idle stream")
+        for event in self._engine.receive_data(raw):
+            handler = _HANDLERS.get(type(event))
+            if handler is not None:
+                handler(self, event)
+        self._pass_on()
+
+    def _plain_request(self, frame: bytes, flags: int, stream_id: int) -> None:
+        """HEADERS that are a whole request: the one frame that comes all the time."""
+        start = 9
+        if flags & wire.HAS_PRIORITY:  # RFC 9113 §5.3: read over, but it must not depend on itself
+            start += 5
+            if int.from_bytes(frame[9:13], "big") & LAST_STREAM == stream_id:
+                raise Http2Error("PROTOCOL_ERROR", "a stream that depends on itself")
+        end_stream = bool(flags & wire.END_STREAM)
+        headers = self._engine.receive_request(stream_id, frame[start:], end_stream=end_stream)
+        self._request(stream_id, headers, end_stream=end_stream)
+
+    def _pass_on(self) -> None:
+        """Queue what h2 wants to say; streams that it resets because of the client are the client's resets too."""
+        said = self._engine.data_to_send() if self._engine._data_to_send else b""
+        at = 0
+        while at < len(said):
+            if said[at + 3] == wire.RST_STREAM:
+                self._pay_for_reset()
+            at += 9 + int.from_bytes(said[at : at + 3], "big")
+        if said and self.fault is None:
+            self._output.control(said)
+
+    def _pay_for_reset(self) -> None:
+        if self.fault is None and not self._budgets.resets.spend(self._now):
+            self._end(Http2Error("ENHANCE_YOUR_CALM", "flood of reset streams"))
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def _request(self, stream_id: int, headers: HeaderList, *, end_stream: bool) -> None:
+        output = self._output
+        priority = self._early.pop(stream_id, None)
+        if len(output.streams) >= wire.MAX_STREAMS or self._last_told:
+            self._reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            self._pay_for_reset()
+            return
+        self._left -= 1
+        if self._left <= 0:
+            self.drain()
+        stream = Stream(stream_id, self._engine.streams[stream_id])
+        stream.request_open = not end_stream
+        output.add(stream)
+        found: Request | Refused
+        try:
+            found, length = request_of(headers, stream_id)
+            stream.head_only = found.method == "HEAD"
+            stream.body_left = length
+            if end_stream and length:
+                raise MalformedRequest("content-length without content")
+            said = found.header(b"priority") if priority is None else None
+            stream.priority = priority or (UNSAID if said is None else parse_priority(said))
+            if not end_stream and length is not None and length > MAX_BODY:
+                raise RequestError(413, "Request bodies are not taken here.")
+        except MalformedRequest as exc:
+            stream.malformed = True
+            self._pay_for_reset()
+            found = Refused(RequestError(400, f"Malformed: {exc}"), stream_id, _request_line(headers))
+        except RequestError as error:
+            found = Refused(error, stream_id, _request_line(headers))
+        if not end_stream:
+            self._engine.streams[stream_id]._expected_content_length = None  # checked here: h2 would end the connection
+        self._found.append(found)
+
+    def _request_slow(self, event: events.RequestReceived) -> None:
+        self._request(event.stream_id, event.headers, end_stream=event.stream_ended is not None)
+
+    def _data(self, event: events.DataReceived) -> None:
+        """A request's body: dropped, its length checked."""
+        assert event.flow_controlled_length is not None
+        stream = self._output.streams.get(event.stream_id)
+        self._engine.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        if stream is None:
+            return
+        count = len(event.data or b"")
+        stream.body_dropped += count
+        if stream.body_left is not None:
+            stream.body_left -= count
+            if stream.body_left < 0 or (event.stream_ended is not None and stream.body_left):
+                self._break(stream, ErrorCodes.PROTOCOL_ERROR)
+                return
+        if stream.body_dropped > MAX_BODY:
+            self._break(stream, ErrorCodes.ENHANCE_YOUR_CALM)
+        elif event.stream_ended is not None:
+            stream.request_open = False
+
+    def _trailers(self, event: events.TrailersReceived) -> None:
+        stream = self._output.streams.get(event.stream_id)
+        if stream is not None:
+            stream.request_open = False
+            if any(name[:1] in (b":", ":") for name, _ in event.headers) or stream.body_left:
+                self._break(stream, ErrorCodes.PROTOCOL_ERROR)
+
+    def _stream_reset(self, event: events.StreamReset) -> None:
+        self._output.abort(event.stream_id)
+        self._engine.forget(event.stream_id)
+
+    def _break(self, stream: Stream, code: ErrorCodes) -> None:
+        """A stream error (RFC 9113 §5.4.2) of the client's making."""
+        self._output.abort(stream.id)
+        self._reset(stream.id, code)
+        self._pay_for_reset()
+
+    def _reset(self, stream_id: int, code: ErrorCodes) -> None:
+        self._engine.reset_stream(stream_id, code)
+        self._output.control(self._engine.data_to_send())
+        self._engine.forget(stream_id)
+
+    def _acknowledged(self, _: events.SettingsAcknowledged) -> None:
+        self._acknowledge_by = float("inf")
+
+    def _pong(self, event: events.PingAckReceived) -> None:
+        if event.ping_data == _OUR_PING and self._draining:
+            self._tell_last()
+
+    def _priority_update(self, frame: bytes, stream_id: int) -> None:
+        """RFC 9218 §7.1."""
+        if stream_id or len(frame) < 9 + 4:
+            code = "PROTOCOL_ERROR" if stream_id else "FRAME_SIZE_ERROR"
+            raise Http2Error(code, "PRIORITY_UPDATE on a stream, or cut short")
+        about = int.from_bytes(frame[9:13], "big") & LAST_STREAM
+        if about % 2 == 0:
+            raise Http2Error("PROTOCOL_ERROR", "PRIORITY_UPDATE about no request")
+        priority = parse_priority(frame[13:])
+        stream = self._output.streams.get(about)
+        if stream is not None:
+            stream.priority = priority
+        elif about > self._engine.highest_inbound_stream_id and (about in self._early or len(self._early) < wire.MAX_STREAMS):
+            self._early[about] = priority
+
+    # --- ends ------------------------------------------------------------------------------------------------------
+
+    def _end(self, error: Http2Error) -> None:
+        """A connection error (RFC 9113 §5.4.1): a frame that has begun goes to its end, then GOAWAY and nothing more."""
+        if self.fault is None:
+            self.fault = error
+            self._input.clear()
+            self._output.abort_all()
+            self._output.control(self._goaway(self._engine.highest_inbound_stream_id, ErrorCodes[error.code], str(error)))
+
+    def _goaway(self, last: int, code: ErrorCodes, why: str = "") -> bytes:
+        debug = why.encode("ascii", "replace")[:200]
+        payload = last.to_bytes(4, "big") + int(code).to_bytes(4, "big") + debug
+        return frame_header(len(payload), wire.GOAWAY, 0, 0) + payload
+
+    def _tell_last(self) -> None:
+        if not self._last_told and self.fault is None:
+            self._draining = self._last_told = True
+            self._output.control(self._goaway(self._engine.highest_inbound_stream_id, ErrorCodes.NO_ERROR))
+
+    def give_up(self, error: RequestError) -> list[Request | Refused]:
+        """Something has begun and did not go on in time: nobody can be answered, the connection ends."""
+        self._end(Http2Error("PROTOCOL_ERROR" if self._input.settled else "SETTINGS_TIMEOUT", error.detail))
+        return []
+
+    def end_of_input(self) -> None:
+        """The client sends no more, or nothing for too long: what is whole is answered as far as its windows allow."""
+        self._input_ended = True
+        if 0 < self._acknowledge_by < float("inf"):
+            self._end(Http2Error("SETTINGS_TIMEOUT", "our SETTINGS were not acknowledged"))
+        self._tell_last()
+
+    def drain(self, *, one_more: bool = False) -> None:
+        """Answer what has been asked, and what is on its way while the client doesn't know; then close (RFC 9113 §6.8)."""
+        if not self._draining and self.fault is None:
+            self._draining = True
+            ping = frame_header(8, wire.PING, 0, 0) + _OUR_PING
+            self._output.control(self._goaway(LAST_STREAM, ErrorCodes.NO_ERROR) + ping)
+
+    def abandon(self) -> list[Ended]:
+        """Let go of all unfinished responses and return them."""
+        self._output.abort_all()
+        return self._output.take_ended()
+
+    # --- responses -------------------------------------------------------------------------------------------------
+
+    def respond(self, stream_id: int, response: Response) -> None:
+        """Queue the answer's header, and have its body shared out from now on."""
+        stream = self._output.streams.get(stream_id)
+        if stream is None or self.fault is not None:
+            response.close()  # reset meanwhile
+            return
+        if stream.malformed:
+            stream.status = response.status
+            response.close()
+            self._output.abort(stream_id)
+            self._reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
+            return
+        self.body_bytes = max(self.body_bytes, response.body_bytes)
+        if stream.head_only:
+            response.close()
+        block = block_of(response)
+        if self._first_response:
+            self._first_response = False
+            block = FORGET_TABLE + block
+        self._output.respond(stream, response, block)
+
+    def next_output(self, budget: int) -> Sequence[Outgoing]:
+        """Return the segments to send next, about `budget` bytes; [] if there are none now."""
+        return self._output.next(budget)
+
+    def sent(self, count: int) -> list[Ended]:
+        """Account for `count` bytes from the front of `next_output` that are gone; return the responses that ended."""
+        output, budgets = self._output, self._budgets
+        if count:
+            payload, frames, slivers = output.sent(count)
+            budgets.sent(payload, frames)
+            if slivers and not budgets.slivers.spend(self._now, slivers):
+                self._end(Http2Error("ENHANCE_YOUR_CALM", "windows too small for more than slivers"))
+        return output.take_ended()
+
+    def file_failed(self) -> bool:
+        """The file that stands first in the output can't be sent; whether the others can go on without its stream."""
+        stream = self._output.first_planned()
+        if stream is None:
+            return False  # in the middle of a frame
+        self._output.abort(stream.id)
+        self._reset(stream.id, ErrorCodes.INTERNAL_ERROR)
+        return True
+
+
+_HANDLERS: Final[dict[type, Callable[[Http2Connection, Any], None]]] = {
+    events.RequestReceived: Http2Connection._request_slow,
+    events.DataReceived: Http2Connection._data,
+    events.TrailersReceived: Http2Connection._trailers,
+    events.StreamReset: Http2Connection._stream_reset,
+    events.SettingsAcknowledged: Http2Connection._acknowledged,
+    events.PingAckReceived: Http2Connection._pong,
+}
+
+
+def _request_line(headers: HeaderList) -> bytes:
+    """Return what the log says of a request that was refused."""
+    said = dict(reversed(headers))
+    return b"%s %s HTTP/2" % (said.get(b":method", b"-")[:32], said.get(b":path", b"-")[:256])

@@ -1,0 +1,361 @@
+"""What an HTTP/2 connection sends next: committed bytes first, then DATA planned by priority and windows.
+
+Committed are control frames, headers, and the rest of a frame that has begun to go. The plan is a proposal, made anew for
+every call; only what the channel accepts of it is charged to windows and streams (`engine.charge_data`). So nothing ever
+stands inside a frame, a WINDOW_UPDATE or a more urgent response counts at once, a stream that is reset takes nothing with it.
+"""
+
+from collections import deque
+from typing import Final
+
+from h2.errors import ErrorCodes
+from h2.stream import H2Stream
+
+from ktlsd.protocol.engine import DATA, END_STREAM, Engine, frame_header
+from ktlsd.protocol.messages import Ended, Response
+from ktlsd.protocol.messages import Stream as Source
+from ktlsd.protocol.priorities import UNSAID, Priority
+from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, OpenFile, Outgoing
+
+_PLAN: Final = 1 << 20  # bytes planned at a time: what is planned and not accepted is planned again
+_SHARE: Final = 65_536  # bytes one stream sends before the next of the same urgency has its turn
+_LARGEST_FRAME: Final = 262_144  # bytes; nothing else goes while a frame does
+_SLIVER: Final = 256  # bytes; shorter frames, for want of a window, are counted
+
+
+class Stream:
+    """One request and its response."""
+
+    __slots__ = (
+        "body",
+        "body_dropped",
+        "body_left",
+        "body_sent",
+        "h2",
+        "head_only",
+        "held",
+        "id",
+        "malformed",
+        "priority",
+        "request_open",
+        "responded",
+        "served",
+        "source",
+        "source_idle",
+        "status",
+    )
+
+    def __init__(self, stream_id: int, h2: H2Stream) -> None:
+        self.id = stream_id
+        self.h2 = h2
+        self.priority: Priority = UNSAID
+        self.head_only = False
+        self.malformed = False
+        self.request_open = False  # the client may still send content
+        self.body_left: int | None = None  # bytes of it announced and not come
+        self.body_dropped = 0
+        self.responded = False
+        self.status = 0
+        self.body: deque[bytes | memoryview | FileSlice] = deque()
+        self.source: Source | None = None
+        self.source_idle = False  # it had nothing when last asked
+        self.held = False  # its file is being read into memory
+        self.body_sent = 0
+        self.served = 0  # bytes, counted from where the least served stream stood when this one came
+
+    @property
+    def waits_for_us(self) -> bool:
+        """Whether it is not the client that it waits for."""
+        return not self.responded or self.held or self.source_idle
+
+    def close(self) -> None:
+        """Let go of what is left of the response."""
+        for segment in self.body:
+            if isinstance(segment, FileSlice):
+                segment.close()
+        self.body.clear()
+        if self.source is not None:
+            self.source.close()
+            self.source = None
+
+
+class _Unit:
+    """A piece of output: committed bytes, or DATA of one stream that may still be dropped."""
+
+    __slots__ = ("end", "file", "payload", "segment", "sliver", "stream")
+
+    def __init__(self, segment: bytes | memoryview | Framed, stream: Stream | None = None, payload: int = 0) -> None:
+        self.segment = segment
+        self.stream = stream
+        self.payload = payload  # bytes in DATA frames
+        self.end = False  # the stream ends with it
+        self.sliver = False  # made short by a window
+        self.file: OpenFile | None = None  # held for the rest of a frame
+
+
+class Output:
+    """Streams with something to say, and in what order they say it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queue: deque[_Unit] = deque()
+        self._plan: list[_Unit] = []
+        self._ended: list[Ended] = []
+        self.streams: dict[int, Stream] = {}
+        self.queued = 0  # bytes that are committed and not gone
+
+    # --- streams ---------------------------------------------------------------------------------------------------
+
+    def add(self, stream: Stream) -> None:
+        """A request has come."""
+        stream.served = min((other.served for other in self.streams.values()), default=0)
+        self.streams[stream.id] = stream
+
+    def respond(self, stream: Stream, response: Response, block: bytes) -> None:
+        """Queue the response's header; its body follows as windows and the others allow."""
+        stream.responded, stream.status = True, response.status
+        for segment in response.body:
+            if len(segment):
+                stream.body.append(segment)
+            elif isinstance(segment, FileSlice):
+                segment.close()
+        stream.source = response.stream
+        unit = _Unit(b"", stream)
+        unit.end = not stream.body and stream.source is None
+        unit.segment = self._engine.send_response(stream.id, block, end_stream=unit.end)
+        self._commit(unit)
+
+    def control(self, frames: bytes) -> None:
+        """Queue whole frames that are not DATA."""
+        if frames:
+            self._commit(_Unit(frames))
+
+    def _commit(self, unit: _Unit) -> None:
+        self._queue.append(unit)
+        self.queued += len(unit.segment)
+
+    def abort(self, stream_id: int) -> None:
+        """Forget a stream that ends before its response is complete; a frame that has begun goes to its end."""
+        stream = self.streams.pop(stream_id, None)
+        if stream is not None:
+            stream.close()
+            self._plan.clear()
+            rest = self._queue[0] if self._queue else None
+            if rest is not None and rest.stream is stream:  # of a frame whose payload counts as sent
+                stream.body_sent -= min(len(rest.segment), rest.payload)
+            self._ended.append(Ended(stream_id, stream.status, stream.body_sent, complete=False))
+
+    def abort_all(self) -> None:
+        """Forget all streams."""
+        for stream_id in list(self.streams):
+            self.abort(stream_id)
+
+    def take_ended(self) -> list[Ended]:
+        """Return the responses that have ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def working(self) -> bool:
+        """Whether a body is being made and there is nothing of it yet."""
+        return any(stream.source_idle and self._engine.window(stream.id) > 0 for stream in self.streams.values())
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether anything can be sent without another word from the client."""
+        return any(stream.waits_for_us or self._engine.window(stream.id) > 0 for stream in self.streams.values())
+
+    def first_planned(self) -> Stream | None:
+        """Return the stream whose DATA comes next, None if something committed does."""
+        return self._plan[0].stream if self._plan and not self._queue else None
+
+    # --- the plan --------------------------------------------------------------------------------------------------
+
+    def next(self, budget: int) -> list[Outgoing]:
+        """Return what is committed and, behind it, about `budget` bytes of DATA."""
+        self._plan = []
+        if self.streams and self.queued < budget:
+            self._make_plan(min(budget, _PLAN))
+        return [unit.segment for unit in (*self._queue, *self._plan)]
+
+    def _make_plan(self, budget: int) -> None:
+        ready = [stream for stream in self.streams.values() if (stream.body or stream.source) and not stream.held]
+        alone = len(ready) == 1
+        if not alone:
+            ready.sort(key=_turn)
+        window = self._engine.outbound_flow_control_window
+        for stream in ready:
+            if budget <= 0 or window <= 0:
+                break
+            share = budget if alone or not stream.priority.incremental else min(_SHARE, budget)
+            planned = self._plan_stream(stream, share, min(window, stream.h2.outbound_flow_control_window))
+            window -= planned
+            budget -= planned
+
+    def _plan_stream(self, stream: Stream, share: int, window: int) -> int:
+        """Plan DATA of one stream, about `share` bytes; return how much payload."""
+        if window <= 0:
+            return 0
+        if stream.source is not None and not stream.body:
+            self._pull(stream)
+            if not stream.body:
+                if stream.source is None:  # the end came without a last piece
+                    self._plan_unit(frame_header(0, DATA, END_STREAM, stream.id), stream, 0, end=True, sliver=False)
+                return 0
+        largest = min(self._engine.max_outbound_frame_size, _LARGEST_FRAME)
+        planned = 0
+        last = len(stream.body) - 1
+        for number, segment in enumerate(stream.body):
+            count = min(len(segment), window - planned)
+            if count > share - planned and count > largest:
+                count = max((share - planned) // largest, 1 if not planned else 0) * largest
+                if not count:
+                    break
+            end = number == last and count == len(segment) and stream.source is None
+            self._plan_segment(stream, segment, count, largest, end=end)
+            planned += count
+            if count < len(segment) or planned >= share or planned >= window:
+                break
+        return planned
+
+    def _plan_segment(
+        self, stream: Stream, segment: bytes | memoryview | FileSlice, count: int, largest: int, *, end: bool
+    ) -> None:
+        final = END_STREAM if end else 0
+        sliver = count < _SLIVER and count < len(segment)
+        if isinstance(segment, FileSlice):
+            step = min(largest, count)
+            rest = count % step or step
+            header = frame_header(step, DATA, 0, stream.id)
+            last = header if rest == step and not end else frame_header(rest, DATA, final, stream.id)
+            framed = Framed(segment.file, segment.offset, count, step=step, header=header, last_header=last)
+            self._plan_unit(framed, stream, count, end=end, sliver=sliver)
+            return
+        for at in range(0, count, largest):
+            piece = segment[at : min(at + largest, count)]
+            is_last = end and at + largest >= count
+            header = frame_header(len(piece), DATA, final if is_last else 0, stream.id)
+            self._plan_unit(b"".join((header, piece)), stream, len(piece), end=is_last, sliver=sliver)
+
+    def _plan_unit(self, segment: bytes | Framed, stream: Stream, payload: int, *, end: bool, sliver: bool) -> None:
+        unit = _Unit(segment, stream, payload)
+        unit.end, unit.sliver = end, sliver
+        self._plan.append(unit)
+
+    def _pull(self, stream: Stream) -> None:
+        """Take the next piece of a body that is being made."""
+        assert stream.source is not None
+        try:
+            piece = next(stream.source)
+        except StopIteration:
+            stream.source.close()
+            stream.source = None
+            stream.source_idle = False
+            return
+        stream.source_idle = not piece
+        if piece:
+            stream.body.append(piece)
+
+    # --- what went -------------------------------------------------------------------------------------------------
+
+    def sent(self, count: int) -> tuple[int, int, int]:
+        """Account for bytes from the front of `next`; return payload bytes, frames and slivers among what was planned."""
+        queue = self._queue
+        while queue and count:
+            unit = queue[0]
+            size = len(unit.segment)
+            self.queued -= min(count, size)
+            if count < size:
+                unit.segment = _rest(unit.segment, count)
+                count = 0
+                break
+            count -= size
+            queue.popleft()
+            self._over(unit)
+        payload = frames = slivers = 0
+        plan, self._plan = self._plan, []
+        for unit in plan:
+            if not count:
+                break
+            gone = min(count, len(unit.segment))
+            count -= gone
+            slivers += unit.sliver
+            charged, number = self._charge(unit, gone)
+            payload += charged
+            frames += number
+        assert count == 0, "more bytes were sent than there were"
+        return payload, frames, slivers
+
+    def _charge(self, unit: _Unit, gone: int) -> tuple[int, int]:
+        """Commit the frames that the first `gone` bytes of a planned unit are or begin; return payload bytes and frames.
+
+        The rest of a frame goes to the front of the queue, frames that have not begun are planned anew.
+        """
+        stream, segment = unit.stream, unit.segment
+        assert stream is not None
+        charged, frames, largest = unit.payload, 1, unit.payload
+        if isinstance(segment, Framed):
+            largest = min(segment.step, segment.length)
+            frames = min(-(-gone // (segment.step + FRAME_HEADER)), segment.frames)
+            charged = min(frames * segment.step, segment.length)
+            unit.end = unit.end and charged == unit.payload
+        self._engine.charge_data(stream.id, charged, largest=largest, end_stream=unit.end)
+        stream.served += charged
+        stream.body_sent += charged
+        rest = gone < len(segment)
+        if rest and isinstance(segment, Framed):
+            unit.file = segment.file.hold()  # the stream may let go of it before the frame is over
+        self._take_off(stream, charged)
+        if rest:
+            segment = _rest(segment, gone)
+            if isinstance(segment, Framed):
+                segment = segment.first_frame() if segment.gone else b""
+            unit.segment, unit.payload = segment, min(len(segment), largest)
+        if rest and len(segment):
+            self._queue.appendleft(unit)
+            self.queued += len(segment)
+        else:
+            self._over(unit)
+        return charged, frames
+
+    def _take_off(self, stream: Stream, payload: int) -> None:
+        """Take committed payload off the front of a stream's body."""
+        while payload:
+            segment = stream.body[0]
+            count = min(payload, len(segment))
+            payload -= count
+            if count == len(segment):
+                stream.body.popleft()
+                if isinstance(segment, FileSlice):
+                    segment.close()
+            elif isinstance(segment, FileSlice):
+                segment.advance(count)
+            else:
+                stream.body[0] = memoryview(segment)[count:]
+
+    def _over(self, unit: _Unit) -> None:
+        """The last byte of a unit is gone."""
+        if unit.file is not None:
+            unit.file.release()
+            unit.file = None
+        stream = unit.stream
+        if stream is None or not unit.end or self.streams.get(stream.id) is not stream:
+            return
+        del self.streams[stream.id]
+        self._ended.append(Ended(stream.id, stream.status, stream.body_sent, complete=True))
+        if stream.request_open:  # what the client still wants to send is not wanted (RFC 9113 §8.1)
+            self._engine.reset_stream(stream.id, ErrorCodes.NO_ERROR)
+            self.control(self._engine.data_to_send())
+        self._engine.forget(stream.id)
+
+
+def _rest(segment: bytes | memoryview | Framed, count: int) -> bytes | memoryview | Framed:
+    if isinstance(segment, Framed):
+        segment.advance(count)
+        return segment
+    return memoryview(segment)[count:]
+
+
+def _turn(stream: Stream) -> tuple[int, bool, int]:
+    priority = stream.priority
+    return priority.urgency, priority.incremental, stream.served if priority.incremental else stream.id

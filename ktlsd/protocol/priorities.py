@@ -1,0 +1,28 @@
+"""Extensible priorities (RFC 9218): what a client says of a response's urgency, and whose turn it is."""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+# A dictionary of structured fields (RFC 9651 §3.2) as far as the two known members go; others, and parameters, are passed over.
+_URGENCY: Final = re.compile(rb"(?:^|,)[ \t]*u=([0-7])(?![0-9.])[^,]*")
+_INCREMENTAL: Final = re.compile(rb"(?:^|,)[ \t]*i(?:=\?([01]))?[ \t]*(?:;[^,]*)?(?=,|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Priority:
+    """`urgency` 0 goes before 7. Incremental responses of one urgency share; others go one after the other."""
+
+    urgency: int = 3
+    incremental: bool = False
+
+
+# A client that says nothing at all gets fair shares: two downloads at a time must not become one after the other.
+UNSAID: Final = Priority(3, incremental=True)
+
+
+def parse_priority(value: bytes) -> Priority:
+    """Return what a Priority field or a PRIORITY_UPDATE says; what is malformed or missing has its default (RFC 9218 §4)."""
+    urgency = _URGENCY.findall(value)
+    incremental = _INCREMENTAL.findall(value)
+    return Priority(int(urgency[-1]) if urgency else 3, bool(incremental) and incremental[-1] != b"0")

@@ -1,0 +1,72 @@
+"""What has been asked on one connection and what became of it: for the access log and the counters."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ktlsd.net.plain import Mode, PlainChannel
+from ktlsd.protocol.messages import Ended, Refused, Request
+from ktlsd.server.accesslog import AccessLog, Entry, TlsFacts, timestamp
+from ktlsd.server.metrics import Metrics
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request that is being answered."""
+
+    request: Request | Refused
+    started: float  # seconds since the epoch
+
+
+class Ledger:
+    """Requests by stream; an entry in the log when their response has ended."""
+
+    __slots__ = ("_access_log", "_client", "_metrics", "_pending")
+
+    def __init__(self, access_log: AccessLog, metrics: Metrics, client: str) -> None:
+        self._access_log = access_log
+        self._metrics = metrics
+        self._client = client
+        self._pending: dict[int, _Pending] = {}
+
+    def open(self, request: Request | Refused) -> None:
+        """A request has come."""
+        self._pending[request.stream_id] = _Pending(request, time.time())
+        self._metrics.count("requests")
+
+    def request(self, stream_id: int) -> Request | Refused | None:
+        """Return the request a stream began with; None once its response has ended."""
+        pending = self._pending.get(stream_id)
+        return pending.request if pending is not None else None
+
+    def close(self, ended: Sequence[Ended], channel: PlainChannel) -> None:
+        """Responses have ended, on this channel."""
+        for each in ended:
+            pending = self._pending.pop(each.stream_id, None)
+            self._metrics.count(f"body_bytes:{channel.mode.value}", each.body_bytes)
+            if pending is not None and self._access_log.enabled:
+                self._log(pending, each, channel)
+
+    def _log(self, pending: _Pending, ended: Ended, channel: PlainChannel) -> None:
+        kernel = channel.mode is Mode.KERNEL
+        why = None if kernel else channel.why_userspace or "no response of handover_bytes yet"
+        facts = channel.facts
+        tls = TlsFacts(facts.version_name, facts.cipher_name, facts.resumed, channel.mode.value, why)
+        end = time.time()
+        what = {"status": ended.status, "bytes": ended.body_bytes, "complete": ended.complete}
+        timing = {"time": timestamp(end), "duration": round(max(end - pending.started, 0.0), 6)}
+        entry = Entry(**_request_facts(pending.request), **what, **timing, tls=tls, client=self._client)  # type: ignore[arg-type]
+        self._access_log.add(entry)
+
+
+def _request_facts(request: Request | Refused) -> dict[str, str | None]:
+    """What the log says of the request itself; latin-1 keeps every byte apart."""
+    facts: dict[str, str | None] = {"protocol": "", "host": "", "range": None, "referer": None, "user_agent": None}
+    if isinstance(request, Refused):
+        method, _, rest = request.request_line.decode("latin-1").partition(" ")
+        return facts | {"method": method, "target": rest.partition(" ")[0]}
+    for key, name in (("range", b"range"), ("referer", b"referer"), ("user_agent", b"user-agent")):
+        value = request.header(name)
+        facts[key] = value.decode("latin-1") if value is not None else None
+    target, host = request.target.decode("latin-1"), request.host.decode("latin-1")
+    return facts | {"method": request.method, "target": target, "protocol": request.version, "host": host}
