@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -33,14 +34,14 @@ class ThreadServer:
     def __init__(
         self, root: Path, kernel: Kernel | None, *, limits: Limits | None = None, send_buffer: int | None = None,
         facts: handover.KernelFacts | None = None, log_file: Path | None = None, settings: Settings | None = None,
-        **policy: int,
+        context: ssl.SSLContext | None = None, **policy: object,
     ) -> None:  # fmt: skip
         sock = socket.create_server(("127.0.0.1", 0))
         if send_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # accepted sockets inherit it
         sock.setblocking(False)
         self.port = sock.getsockname()[1]
-        self.context = pki.server_context()
+        self.context = context or pki.server_context()
         self.metrics = Metrics()
         self._log_file = log_file
         log = AccessLog(str(log_file) if log_file else None, "json")

@@ -38,8 +38,9 @@ class Budgets:
     """The allowances of one connection.
 
     `resets`: streams that end in RST_STREAM through the peer's doing, its own or ours (CVE-2023-44487, CVE-2025-8671).
-    `control`: PING, SETTINGS, PRIORITY, PRIORITY_UPDATE, unknown and empty frames. `windows`: WINDOW_UPDATE. `slivers`: DATA
-    frames that the peer's window made shorter than 256 bytes. CONTINUATION has no bucket: a header block may have 16 frames.
+    `control`: PING, SETTINGS, PRIORITY, PRIORITY_UPDATE, RST_STREAM again, unknown and empty frames. `windows`: WINDOW_UPDATE.
+    `slivers`: DATA frames that the peer's window made shorter than 256 bytes. CONTINUATION has no bucket: a header block may
+    have 16 frames.
     """
 
     __slots__ = ("control", "resets", "slivers", "windows")

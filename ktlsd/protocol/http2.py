@@ -10,6 +10,7 @@ from typing import Any, Final
 from h2 import events
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
+from hpack.exceptions import HPACKError, OversizedHeaderListError
 
 from ktlsd.errors import Http2Error, RequestError
 from ktlsd.protocol import engine as wire
@@ -120,7 +121,7 @@ class Http2Connection:
             self._end(error)
         except ProtocolError as exc:
             self._engine.clear_outbound_data_buffer()  # h2's own GOAWAY
-            self._end(Http2Error(ErrorCodes(exc.error_code).name, str(exc)))
+            self._end(Http2Error(_code_of(exc).name, str(exc)))
         found, self._found = self._found, []
         return found if self.fault is None else []
 
@@ -237,6 +238,8 @@ class Http2Connection:
                 self._break(stream, ErrorCodes.PROTOCOL_ERROR)
 
     def _stream_reset(self, event: events.StreamReset) -> None:
+        if event.remote_reset:  # ours are paid for where they are passed on
+            self._pay_for_reset()
         self._output.abort(event.stream_id)
         self._engine.forget(event.stream_id)
 
@@ -372,6 +375,14 @@ _HANDLERS: Final[dict[type, Callable[[Http2Connection, Any], None]]] = {
     events.SettingsAcknowledged: Http2Connection._acknowledged,
     events.PingAckReceived: Http2Connection._pong,
 }
+
+
+def _code_of(exc: ProtocolError) -> ErrorCodes:
+    """Return GOAWAY's error code; h2 makes no difference for a header block that can't be decoded (RFC 9113 §4.3)."""
+    cause = exc.__cause__
+    if isinstance(cause, HPACKError) and not isinstance(cause, OversizedHeaderListError):
+        return ErrorCodes.COMPRESSION_ERROR
+    return ErrorCodes(exc.error_code)
 
 
 def _request_line(headers: HeaderList) -> bytes:

@@ -97,6 +97,8 @@ class Input:
             if kind != wire.SETTINGS or flags & wire.ACK:
                 raise Http2Error("PROTOCOL_ERROR", "the first frame is not SETTINGS")
             self.settled = True
+        elif kind == wire.SETTINGS and flags & wire.ACK and length:
+            raise Http2Error("FRAME_SIZE_ERROR", "an acknowledgement of SETTINGS says something")
         elif kind == wire.CONTINUATION:
             self._continue(flags, length)
         elif kind != wire.DATA or (length == 0 and not flags & wire.END_STREAM):
@@ -118,7 +120,5 @@ class Input:
         bucket = budgets.control
         if kind == wire.WINDOW_UPDATE:
             bucket = budgets.windows
-        elif kind == wire.RST_STREAM:
-            bucket = budgets.resets
         if not bucket.spend(now):
             raise Http2Error("ENHANCE_YOUR_CALM", f"flood of {_NAMES.get(kind, 'unknown')} frames")
