@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 APT    := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 # What make test wants from Debian: the kernel to test on and the clients to test with.
-TOOLS  := linux.uml:user-mode-linux curl:curl openssl:openssl wget:wget aria2c:aria2 nginx:nginx-light gnutls-cli:gnutls-bin strace:strace rclone:rclone
+TOOLS  := linux.uml:user-mode-linux curl:curl openssl:openssl wget:wget aria2c:aria2 nginx:nginx-light gnutls-cli:gnutls-bin strace:strace rclone:rclone nghttp:nghttp2-client
 DIR    ?= .sample
 LISTEN ?= localhost:8443
 SHOWN  := $(patsubst :%,localhost:%,$(patsubst *:%,localhost:%,$(patsubst 0.0.0.0:%,localhost:%,$(LISTEN))))

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import subprocess
 import threading
 
 import pytest
@@ -379,3 +381,39 @@ def test_resumption_and_key_updates_work_as_in_http1(serve, mode):
         if hasattr(client.tls.ssl, "key_update"):
             client.tls.ssl.key_update(number % 2)
     client.close()
+
+
+# --- other people's clients ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("priority", [None, "u=3", "u=1, i"])
+def test_nghttp(server, priority):
+    """Several streams, frames as nghttp reads them; they share, or come one after the other if the client says so."""
+    urls = [f"https://localhost:{server.port}/{name}" for name in ("big", "other")]
+    said = ["-H", f"priority: {priority}"] if priority else []
+    command = ["nghttp", "-nv", "-w", "20", "-W", "24", "--no-dep", *said, *urls]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = re.findall(r"recv DATA frame <length=(\d+), flags=0x(\d\d), stream_id=(\d+)>", done.stdout)
+    sizes = dict.fromkeys((stream_id for _, _, stream_id in found), 0)
+    for length, _, stream_id in found:
+        sizes[stream_id] += int(length)
+    assert list(sizes.values()) == [len(CONTENT)] * 2
+    assert sum(int(flags, 16) & 1 for _, flags, _ in found) == 2
+    shares = len({stream_id for _, _, stream_id in found[: len(found) // 2 - 2]}) == 2
+    assert shares == (priority != "u=3")
+
+
+@pytest.mark.parametrize("streams", [1, 100, 1000])
+def test_h2load(server, streams):
+    """As many requests at a time as a client likes: those beyond our limit wait in the client."""
+    command = ["h2load", "-n", "3000", "-c", "3", "-m", str(streams), f"https://localhost:{server.port}/10k"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert "3000 succeeded, 0 failed, 0 errored, 0 timeout" in done.stdout, done.stdout
+    assert f"({3000 * 10_240})" in done.stdout, done.stdout
+
+
+def test_curl_resumes_and_ranges(root, server, tmp_path):
+    url = f"https://localhost:{server.port}/big"
+    (tmp_path / "out").write_bytes(CONTENT[:300_000])
+    subprocess.run(["curl", "-sSfk", "--http2", "-C", "-", "-o", str(tmp_path / "out"), url], check=True, timeout=60)
+    assert (tmp_path / "out").read_bytes() == CONTENT

@@ -56,7 +56,7 @@ def with_curl(server, version, cipher, *, resumed):
     choice = ["--tlsv1.3", "--tls13-ciphers", suite] if version == "TLSv1.3" else ["--tls-max", "1.2", "--ciphers", suite]
     out = server.folder / "curl.out"
     url = f"{server.url}/big"
-    command = ["curl", "-sSf", "--cacert", str(server.ca), *choice, "-H", "Connection: close", "-o", str(out), url]
+    command = ["curl", "-sSf", "--http1.1", "--cacert", str(server.ca), *choice, "-H", "Connection: close", "-o", str(out), url]
     if resumed:  # curl keeps sessions for the connections of one run
         command += ["-o", str(server.folder / "curl.first"), url]
     subprocess.run(command, check=True, timeout=100)
@@ -106,6 +106,54 @@ def test_download(served, version, cipher, resumed, download):
     entry = json.loads(served.log.read_text().splitlines()[-1])
     assert (entry["tls"]["tx"], entry["tls"]["version"], entry["tls"]["cipher"]) == ("kernel", version, SUITES[version, cipher])
     assert (entry["tls"]["resumed"], entry["bytes"], entry["complete"]) == (resumed, SIZE, True)
+
+
+@pytest.fixture(scope="module", params=["copy", "sendfile", "mapped"])
+def framed(served, request):
+    """A server that frames HTTP/2 in one of the three ways, for the same files."""
+    folder = served.folder / request.param
+    folder.mkdir()
+    (folder / "ktlsd.toml").write_text(f'[ktls]\nmode = "require"\nframing = "{request.param}"\n')
+    args = [str(served.folder / "root"), "--cert", str(served.folder / "cert.pem"), "--key", str(served.folder / "key.pem")]
+    log = folder / "access.log"
+    with program(*args, "--config", "ktlsd.toml", "--access-log", str(log), cwd=folder) as server:
+        server.folder, server.ca, server.log = folder, served.ca, log
+        yield server
+        assert server.stop() == 0
+        assert "bug" not in server.stderr.read_text()
+
+
+@pytest.mark.parametrize(("version", "cipher"), EVERY)
+def test_download_by_http2(served, framed, version, cipher):
+    suite = SUITES[version, cipher]
+    choice = ["--tlsv1.3", "--tls13-ciphers", suite] if version == "TLSv1.3" else ["--tls-max", "1.2", "--ciphers", suite]
+    out = framed.folder / "curl.out"
+    before, errors = tls_stat("TlsTxSw"), tls_stat("TlsDecryptError")
+    command = ["curl", "-sSf", "--http2", "--cacert", str(framed.ca), *choice, "-w", "%{http_version}", "-o", str(out)]
+    done = subprocess.run([*command, f"{framed.url}/big"], check=True, timeout=100, capture_output=True, text=True)
+    assert done.stdout == "2"
+    assert hashlib.sha256(out.read_bytes()).hexdigest() == served.sha256
+    assert tls_stat("TlsTxSw") - before == 1
+    assert tls_stat("TlsDecryptError") == errors
+    client.wait_until(lambda: framed.log.exists() and framed.log.read_text().endswith("\n"))
+    entry = json.loads(framed.log.read_text().splitlines()[-1])
+    assert (entry["protocol"], entry["tls"]["tx"], entry["bytes"], entry["complete"]) == ("HTTP/2", "kernel", SIZE, True)
+
+
+def test_parallel_downloads_by_http2(served, framed):
+    """Eight ranges over one connection, by curl."""
+    piece = SIZE // 8 + 1
+    command = ["curl", "-sSf", "--http2", "-Z", "--parallel-max", "8", "--cacert", str(framed.ca)]
+    for number in range(8):
+        command += ["-r", f"{number * piece}-{(number + 1) * piece - 1}", "-o", str(framed.folder / f"part{number}")]
+        command += (
+            [f"{framed.url}/big", "--next", "-sSf", "--http2", "--cacert", str(framed.ca)]
+            if number < 7
+            else [f"{framed.url}/big"]
+        )
+    subprocess.run(command, check=True, timeout=100)
+    whole = b"".join((framed.folder / f"part{number}").read_bytes() for number in range(8))
+    assert hashlib.sha256(whole).hexdigest() == served.sha256
 
 
 @pytest.mark.parametrize("tool", ["wget", "aria2c", "gnutls-cli"])
