@@ -28,9 +28,9 @@ class Ktls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     handover_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] = 65_536
     # Payload (bytes) after which a key is renewed; absent: the cipher's limit of RFC 8446 §5.5 with margin.
     rekey_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    # How frames of HTTP/2 go into the kernel: read into a buffer with holes for headers (copy), a sendfile for each frame,
-    # or one sendmsg over headers and mapped pages (docs/performance.md).
-    framing: Literal["copy", "sendfile", "mapped"] = "copy"
+    # How frames of HTTP/2 go into the kernel (docs/performance.md): read into a buffer with holes for headers; a sendfile for
+    # each frame; or, for files that are asked for again, mapped pages by sendmsg (mapped) or vmsplice (spliced).
+    framing: Literal["copy", "sendfile", "mapped", "spliced"] = "spliced"
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,6 +19,8 @@ class OpenFile:
     size: int
     mtime_ns: int
     ctime_ns: int = 0  # when its inode last changed: nobody can set that back
+    identity: tuple[int, int] | None = None  # device and inode, by which it is known again when it is opened again
+    sent_before: bool = False  # some of it has been sent already
     holders: int = 1
     close_fd: Callable[[int], None] = os.close
 

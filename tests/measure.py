@@ -2,6 +2,7 @@
 
     python tests/measure.py cost      kernel mode (where the kernel has TLS) and userspace mode
     python tests/measure.py sendall   userspace mode against SSLSocket.sendall over a mapping of the same file
+    python tests/measure.py http2     HTTP/2 in each mode and framing, HTTP/1.1, and nginx, one stream or `--streams`
 
 The client does the handshake, then discards ciphertext in the kernel (recv with MSG_TRUNC): it is not the bottleneck. Both
 sides alternate in one run; ratios are medians of the pairs. Under User Mode Linux all CPU time counts as system time.
@@ -20,13 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hpack import Encoder
+
 from tests import pki
+from tests.h2peer import PREFACE, raw
 from tests.serving import Program, program
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -37,6 +41,33 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
     """User and system seconds of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) / _TICKS, int(fields[12]) / _TICKS
+
+
+def download_http2(port: int, size: int, streams: int = 1) -> float:
+    """Fetch /big over so many streams of one connection without looking at it; return seconds."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    widest = (1 << 31) - 1
+    said = PREFACE + raw(4, 0, 0, b"\0\4" + widest.to_bytes(4, "big")) + raw(8, 0, 0, (widest - 65_535).to_bytes(4, "big"))
+    block = Encoder().encode([(":method", "GET"), (":scheme", "https"), (":path", "/big"), (":authority", "localhost")])
+    said += raw(1, 5, 1, block)
+    for number in range(1, streams):
+        said += raw(1, 5, 2 * number + 1, block)
+    # Frames without their TLS: what is over when so much has come lacks a thousandth.
+    wanted = streams * (size + 9 * (size // 16_384))
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        tls = context.wrap_socket(sock, server_hostname="localhost", suppress_ragged_eofs=True)
+        assert tls.selected_alpn_protocol() == "h2"
+        start = time.monotonic()
+        tls.send(said)
+        with socket.socket(fileno=tls.detach()) as plain:
+            taken = 0
+            while taken < wanted:
+                count = len(_discard(plain))
+                assert count, f"the connection ended after {taken} of {wanted} bytes"
+                taken += count
+        return time.monotonic() - start
 
 
 def download(port: int, target: str = "/big") -> tuple[int, float]:
@@ -182,10 +213,90 @@ def sendall(size: int, rounds: int) -> float:
     return ratio
 
 
+NGINX = """
+worker_processes 1; pid nginx.pid; error_log error.log; daemon off; user root;
+events { worker_connections 1024; }
+http { access_log off; sendfile on; tcp_nopush on; ssl_certificate cert.pem; ssl_certificate_key key.pem; root root;
+  ssl_protocols TLSv1.3; http2_chunk_size CHUNK;
+  server { listen 127.0.0.1:PORT1 ssl http2; ssl_conf_command Options KTLS; }
+  server { listen 127.0.0.1:PORT2 ssl http2; } }
+"""
+
+
+@contextmanager
+def nginx(folder: Path) -> Iterator[dict[str, int]]:
+    """nginx for the same files; yields ports by what it does. Empty without nginx."""
+    program = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
+    if not program:
+        yield {}
+        return
+    ports = []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            ports.append(sock.getsockname()[1])
+    text = NGINX.replace("PORT1", str(ports[0])).replace("PORT2", str(ports[1])).replace("CHUNK", "16k")
+    (folder / "nginx.conf").write_text(text)
+    with subprocess.Popen([program, "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(200):
+                try:
+                    socket.create_connection(("127.0.0.1", ports[1])).close()
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.05)
+            yield {"nginx, KTLS": ports[0], "nginx": ports[1]}
+        finally:
+            process.terminate()
+
+
+def http2(size: int, rounds: int, streams: int) -> dict[str, float]:
+    """Return the throughput of each contender over that of our HTTP/1.1 in its best mode, medians of the rounds."""
+    with served(size) as folder, ExitStack() as stack:
+        asked: dict[str, Callable[[], float]] = {}
+
+        def ours(name: str, *lines: str) -> Program:
+            (folder / f"{name}.toml").write_text("\n".join(lines))
+            arguments = ["root", "--cert", "cert.pem", "--key", "key.pem", "--config", f"{name}.toml"]
+            return stack.enter_context(program(*arguments, cwd=folder))
+
+        first = ours("default")
+        kernel = "in the kernel" in "".join(first.told)
+        mode = "kernel" if kernel else "userspace"
+        asked[f"HTTP/1.1, {mode}"] = lambda: sum(download(first.port)[1] for _ in range(streams))
+        asked[f"HTTP/2, {mode}"] = lambda: download_http2(first.port, size, streams)
+        if kernel:
+            for name, line in (("sendfile", '[ktls]\nframing = "sendfile"'), ("copy", '[ktls]\nframing = "copy"')):
+                port = ours(name, line).port
+                asked[f"HTTP/2, kernel, {name}"] = lambda port=port: download_http2(port, size, streams)
+            port = ours("off", "[ktls]", 'mode = "off"').port
+            asked["HTTP/2, userspace"] = lambda: download_http2(port, size, streams)
+        for name, port in stack.enter_context(nginx(folder)).items():
+            if kernel or name == "nginx":
+                asked[f"{name}, HTTP/2"] = lambda port=port: download_http2(port, size, streams)
+        found: dict[str, list[float]] = {name: [] for name in asked}
+        for number in range(rounds + 1):
+            for name in list(asked) if number % 2 else reversed(asked):
+                seconds = asked[name]()
+                if number:  # the first warms up
+                    found[name].append(seconds)
+    base = found[next(iter(asked))]
+    out = {}
+    for name, times in found.items():
+        ratios = sorted(b / t for b, t in zip(base, times, strict=True))
+        out[name] = statistics.median(ratios)
+        speed = streams * size / statistics.median(times) / 1e6
+        print(f"{name:>26}: {out[name]:.2f} of HTTP/1.1 ({ratios[0]:.2f} to {ratios[-1]:.2f}), {speed:,.0f} MB/s")
+    return out
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "sendall"])
+    parser.add_argument("what", choices=["cost", "sendall", "http2"])
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--streams", type=int, default=1)
     asked = parser.parse_args()
+    if asked.what == "http2":
+        http2(asked.mib << 20, asked.rounds, asked.streams)
+        raise SystemExit
     {"cost": cost, "sendall": sendall}[asked.what](asked.mib << 20, asked.rounds)

@@ -64,7 +64,7 @@ class DocumentRoot:
             raise _refusal(exc) from exc
         facts = os.fstat(fd)
         if stat.S_ISREG(facts.st_mode):
-            return OpenFile(fd, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+            return OpenFile(fd, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, (facts.st_dev, facts.st_ino))
         os.close(fd)
         if stat.S_ISDIR(facts.st_mode):
             return None

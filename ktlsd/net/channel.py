@@ -39,7 +39,7 @@ class HandoverPolicy:
     handover_bytes: int = 65_536
     rekey_bytes: int | None = None
     off: str = ""
-    framing: Framing = Framing.COPY
+    framing: Framing = Framing.SPLICED
 
 
 class Channel(PlainChannel):

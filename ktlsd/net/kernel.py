@@ -11,11 +11,13 @@ import socket
 import struct
 import sys
 import termios
+from array import array
 from collections.abc import Sequence
 from typing import Final, Protocol
 
 from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerTruncated
+from ktlsd.net.pages import LOST, PagePipe, open_pipe
 
 Buffer = bytes | bytearray | memoryview
 IOV_MAX: Final = 1024  # buffers one send takes; more are EMSGSIZE
@@ -74,6 +76,13 @@ class Kernel(Protocol):
     def sendfile(self, sock: socket.socket, fd: int, offset: int, count: int) -> int | None:
         """Return how many bytes of the file were accepted, 0 at its end. Raises PeerTruncated, FileTruncated."""
 
+    def send_pages(self, sock: socket.socket, vectors: "array[int]", *, more: bool) -> tuple[int, int | None]:
+        """Send memory, given as address and length one after the other, without a copy: it must not change until it is sent.
+
+        Return how many bytes were offered, as many as go at a time, and how many accepted. Raises PeerTruncated; FileTruncated
+        if a mapped file has become shorter or this can't be done here: nothing was sent then.
+        """
+
     def taken_by_tcp(self, sock: socket.socket) -> int:
         """Return how many bytes of the wire TCP has taken since the connection began, acknowledged or not.
 
@@ -92,6 +101,10 @@ class Kernel(Protocol):
 
 class LinuxKernel:
     """The real one."""
+
+    def __init__(self) -> None:
+        self._pipe: PagePipe | None = None
+        self._has_pipe: bool | None = None  # None: not tried yet
 
     def attach_ulp(self, sock: socket.socket) -> None:
         try:
@@ -152,6 +165,19 @@ class LinuxKernel:
             if exc.errno in _GONE_BEFORE_THE_FILE:
                 raise _peer_error(exc) from exc
             raise FileTruncated(f"sendfile at {offset}: {exc.strerror}") from exc
+
+    def send_pages(self, sock: socket.socket, vectors: "array[int]", *, more: bool) -> tuple[int, int | None]:
+        if self._has_pipe is None:
+            self._pipe = open_pipe()
+            self._has_pipe = self._pipe is not None
+        if self._pipe is None:
+            raise FileTruncated("this process may not splice pages")
+        try:
+            return self._pipe.send(sock.fileno(), vectors, more=more)
+        except OSError as exc:
+            if exc.errno in LOST:
+                raise FileTruncated(f"vmsplice: {exc.strerror}") from exc
+            raise _peer_error(exc) from exc
 
     def taken_by_tcp(self, sock: socket.socket) -> int:
         # An acknowledgement between the two questions would be missed in the sum: ask until none came in between.

@@ -86,13 +86,13 @@ class Poller:
         self._scheduled[fd] = deadline
         heapq.heappush(self._heap, (deadline, self._serial, fd))
 
-    def wait(self, now: float) -> list[tuple[int, int]]:
-        """Wait until something is ready or a deadline has passed; return epoll's (descriptor, events)."""
-        timeout = _MAX_WAIT
+    def wait(self, now: float, until: float | None = None) -> list[tuple[int, int]]:
+        """Wait until something is ready or a deadline has passed, `until` at most; return epoll's (descriptor, events)."""
+        timeout = _MAX_WAIT if until is None else max(until - now, 0)
         if self._again:
             timeout = 0
         elif self._heap:
-            timeout = min(max(self._heap[0][0] - now, 0), _MAX_WAIT)
+            timeout = min(max(self._heap[0][0] - now, 0), timeout)
         return self._epoll.poll(timeout)
 
     def events(self, ready: list[tuple[int, int]], now: float) -> Iterator[Event]:

@@ -6,15 +6,16 @@ kernel, and no control record may go out behind an open one; shutdown loses what
 
 import enum
 import errno
-import mmap
 import socket
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerError, PeerTruncated
 from ktlsd.net.gather import gather
-from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
+from ktlsd.net.hot import Runs, buffers_of, headers_of, hot_runs, leave_out, vectors_of
+from ktlsd.net.kernel import Buffer, Kernel
 from ktlsd.net.tx_plain import SENDFILE_MAX, PlainTx
 from ktlsd.net.tx_userspace import Scratch
 from ktlsd.slices import FileSlice, Framed, OpenFile, Outgoing
@@ -26,7 +27,10 @@ _CLOSING_PIECE: Final = 4_096
 _SEGMENT_MAX: Final = 65_536  # bytes; the largest a TCP segment can be
 
 
-_BURST_MIN: Final = 65_536  # bytes copied ahead of the socket
+_BURST_MIN: Final = 65_536  # bytes offered to the socket at a time: as it takes them
+_HOT_MIN: Final = 1 << 20  # the same for what needs no copy
+_BURST_MAX: Final = 8 << 20
+_PINNED: Final = 1_024  # headers; what TCP can hold at a time has fewer
 
 
 class Framing(enum.Enum):
@@ -34,7 +38,8 @@ class Framing(enum.Enum):
 
     COPY = "copy"  # read into a buffer with holes for headers, one send: one copy more
     SENDFILE = "sendfile"  # a send and a sendfile for each frame
-    MAPPED = "mapped"  # one sendmsg over headers and mapped pages
+    MAPPED = "mapped"  # one sendmsg over headers and pages that stay mapped; files that aren't are copied
+    SPLICED = "spliced"  # the same pages by vmsplice and splice
 
 
 class KernelTx(PlainTx):
@@ -48,6 +53,7 @@ class KernelTx(PlainTx):
         "_overhead",
         "_owes_key_update",
         "_payload",
+        "_pinned",
         "_record_open",
         "_records_before",
         "_scratch",
@@ -71,6 +77,7 @@ class KernelTx(PlainTx):
         self._scratch = scratch
         self._framing = framing
         self._burst = _BURST_MIN
+        self._pinned: deque[bytes] = deque(maxlen=_PINNED)
         self._session = session
         self._cipher_type = info.cipher_type
         self._overhead = records.overhead(info.version, info.cipher_type)
@@ -94,13 +101,56 @@ class KernelTx(PlainTx):
 
     def _send_frames(self, segments: Sequence[Outgoing]) -> int | None:
         """Send headers and the pieces of files between them, in the way this machine does best (docs/performance.md)."""
-        if self._framing is Framing.SENDFILE:
+        framing = self._framing
+        if framing is Framing.SENDFILE:
             return self._frames_by_sendfile(segments)
-        if self._framing is Framing.MAPPED and not self._owes_key_update:
-            return self._frames_by_mapping(segments)
+        if framing is not Framing.COPY and not self._owes_key_update:
+            runs = hot_runs(segments, self._scratch.mappings, max(self._burst, _HOT_MIN))
+            if runs:
+                try:
+                    return self._frames_by_splice(runs) if framing is Framing.SPLICED else self._offer(buffers_of(runs))
+                except FileTruncated:
+                    self._framing = Framing.MAPPED  # vmsplice is forbidden; or it became shorter, which copying finds out
+                except OSError as exc:
+                    if exc.errno != errno.EFAULT:
+                        raise
         data = gather(segments, self._scratch.view[: _CLOSING_PIECE if self._owes_key_update else self._burst])
-        sent = self._send_bytes([data], len(data), more=False)
-        self._burst = min(self._burst * 2, len(self._scratch.view)) if sent == len(data) else max(self._burst // 2, _BURST_MIN)
+        return self._offer([data])
+
+    def _frames_by_splice(self, runs: Runs) -> int | None:
+        """Refer to headers and mapped pages in a pipe, and have them go from there."""
+        vectors = vectors_of(runs)
+        # Headers are read when their record is encrypted, which may be after this call: with the next one, or by hardware.
+        self._pinned.extend(headers_of(runs))
+        accepted = 0
+        while vectors:
+            try:
+                offered, sent = self._kernel.send_pages(self._sock, vectors, more=False)
+            except FileTruncated:
+                if accepted:
+                    break
+                raise
+            accepted += sent or 0
+            if sent is None:
+                self._unstick()
+            else:
+                self._record_open = sent < offered
+            if sent is None or sent < offered:
+                self._burst = max(accepted, _BURST_MIN)
+                break
+            leave_out(vectors, sent)
+        else:
+            self._burst = min(self._burst * 2, _BURST_MAX)
+        return accepted or None
+
+    def _offer(self, buffers: list[Buffer]) -> int | None:
+        """Send; offer twice as much the next time if all was taken, else about as much as was."""
+        offered = sum(map(len, buffers))
+        sent = self._send_bytes(buffers, offered, more=False)
+        if sent == offered:
+            self._burst = min(self._burst * 2, _BURST_MAX)
+        elif sent is not None:
+            self._burst = max(sent, _BURST_MIN)
         return sent
 
     def _frames_by_sendfile(self, segments: Sequence[Outgoing]) -> int | None:
@@ -133,32 +183,6 @@ class KernelTx(PlainTx):
         else:
             self._record_open = sent < count
         return sent
-
-    def _frames_by_mapping(self, segments: Sequence[Outgoing]) -> int | None:
-        """One sendmsg over headers and mapped pages. Truncated under us, the kernel's copying fails, not our reading."""
-        maps: list[mmap.mmap] = []
-        buffers: list[Buffer] = []
-        try:
-            for segment in segments:
-                if isinstance(segment, Framed):
-                    _map(segment, maps, buffers)
-                elif isinstance(segment, FileSlice):
-                    break
-                else:
-                    buffers.append(segment)
-                if len(buffers) == IOV_MAX:
-                    break
-            return self._send_bytes(buffers, sum(map(len, buffers)), more=False)
-        except OSError as exc:
-            if exc.errno != errno.EFAULT:
-                raise
-            raise FileTruncated("the file became shorter than what was mapped of it") from exc
-        finally:
-            for buffer in buffers:
-                if isinstance(buffer, memoryview) and isinstance(buffer.obj, mmap.mmap):
-                    buffer.release()
-            for mapped in maps:
-                mapped.close()
 
     def _send_bytes(self, run: list[Buffer], offered: int, *, more: bool) -> int | None:
         """Headers in front of a body (`more`) stay in an open record that the body's first bytes join: one record, not two."""
@@ -258,19 +282,3 @@ def _pieces(segments: Sequence[Outgoing]) -> Iterator[tuple[bytes | memoryview |
             yield (segment.offset, segment.length), segment.file
         elif len(segment):
             yield segment, None
-
-
-def _map(run: Framed, maps: list[mmap.mmap], buffers: list[Buffer]) -> None:
-    """Append a run's headers and mapped payloads to `buffers`, and the mapping to `maps`. Raises FileTruncated."""
-    base = run.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    try:
-        mapped = mmap.mmap(run.file.fd, run.offset + run.length - base, prot=mmap.PROT_READ, offset=base)
-    except (OSError, ValueError) as exc:
-        raise FileTruncated(f"cannot map {run.length} bytes at {run.offset}: {exc}") from exc
-    maps.append(mapped)
-    view = memoryview(mapped)
-    for piece in run.pieces():
-        if len(buffers) == IOV_MAX:
-            break
-        buffers.append(piece if isinstance(piece, bytes) else view[piece[0] - base : piece[0] - base + piece[1]])
-    view.release()

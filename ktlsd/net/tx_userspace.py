@@ -11,6 +11,7 @@ from typing import Final
 from ktlsd.errors import PeerError
 from ktlsd.net.gather import gather
 from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
+from ktlsd.net.mappings import Mappings
 from ktlsd.slices import Outgoing
 from ktlsd.tls import records
 from ktlsd.tls.session import Session
@@ -18,13 +19,15 @@ from ktlsd.tls.session import Session
 # Plaintext encrypted ahead of the socket: much for the calls it saves, little for a peer that reads slowly.
 _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
 _BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
+SCRATCH: Final = 524_288  # bytes
 
 
 class Scratch:
-    """A buffer for plaintext on its way into OpenSSL; one per worker, empty between calls."""
+    """What a worker's channels share: a buffer for plaintext on its way, empty between calls, and mappings of hot files."""
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(_BURST_MAX))
+        self.view = memoryview(bytearray(SCRATCH))
+        self.mappings = Mappings()
 
 
 class UserspaceTx:

@@ -17,8 +17,8 @@ from ktlsd.protocol.messages import Stream as Source
 from ktlsd.protocol.priorities import UNSAID, Priority
 from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, OpenFile, Outgoing
 
-_PLAN: Final = 1 << 20  # bytes planned at a time: what is planned and not accepted is planned again
-_SHARE: Final = 65_536  # bytes one stream sends before the next of the same urgency has its turn
+_PLAN: Final = 4 << 20  # bytes planned at a time: what is planned and not accepted is planned again
+_SHARE: Final = 65_536  # bytes at least that one stream sends before the next of the same urgency has its turn
 _LARGEST_FRAME: Final = 262_144  # bytes; nothing else goes while a frame does
 _SLIVER: Final = 256  # bytes; shorter frames, for want of a window, are counted
 
@@ -180,15 +180,15 @@ class Output:
 
     def _make_plan(self, budget: int) -> None:
         ready = [stream for stream in self.streams.values() if (stream.body or stream.source) and not stream.held]
-        alone = len(ready) == 1
-        if not alone:
+        share = max(budget // max(len(ready), 1), _SHARE)
+        if len(ready) > 1:
             ready.sort(key=_turn)
         window = self._engine.outbound_flow_control_window
         for stream in ready:
             if budget <= 0 or window <= 0:
                 break
-            share = budget if alone or not stream.priority.incremental else min(_SHARE, budget)
-            planned = self._plan_stream(stream, share, min(window, stream.h2.outbound_flow_control_window))
+            room = min(window, stream.h2.outbound_flow_control_window)
+            planned = self._plan_stream(stream, min(share, budget) if stream.priority.incremental else budget, room)
             window -= planned
             budget -= planned
 

@@ -114,7 +114,7 @@ class Worker:
         self._start_accepting()
         now = time.monotonic()
         while self._doors or self._connections:
-            ready = self._poller.wait(now)
+            ready = self._poller.wait(now, self._scratch.mappings.sweep(now))
             now = time.monotonic()
             for event in self._poller.events(ready, now):
                 if isinstance(event.source, Connection):
@@ -298,6 +298,7 @@ class Worker:
         self._services.access_log.close()
         if self._services.access_log.lost:
             self._services.metrics.count("log_lines_lost", self._services.access_log.lost)
+        self._scratch.mappings.close()
         self._poller.close()
         self.waker.close()
         _log.info("served: %s", self._services.metrics.summary())

@@ -5,6 +5,7 @@ one. `faults` maps a step ("TCP_ULP", "TLS_TX") to the errno it shall fail with;
 `appetite` returns how many of n offered bytes are accepted (0: would block).
 """
 
+import ctypes
 import errno
 import os
 import random
@@ -87,7 +88,7 @@ class FakeKernel(LinuxKernel):
         if not self._push(sock):
             return None
         assert len(buffers) <= IOV_MAX, "EMSGSIZE"
-        data = b"".join(buffers)
+        data = _copied(buffers)
         accepted = self.appetite(len(data))
         if accepted == 0:
             return None
@@ -110,6 +111,15 @@ class FakeKernel(LinuxKernel):
         self._take(state, data, end=len(data) == count)
         self._push(sock)
         return len(data)
+
+    def send_pages(self, sock: socket.socket, vectors, *, more: bool) -> tuple[int, int | None]:
+        """Reads the memory at once, as a kernel with no hardware at hand does."""
+        pages = [(ctypes.c_char * vectors[at + 1]).from_address(vectors[at]) for at in range(0, len(vectors), 2)]
+        try:
+            data = _copied(pages)
+        except OSError as exc:
+            raise FileTruncated(str(exc)) from exc
+        return len(data), self.send(sock, [data], more=more)
 
     def send_control(self, sock: socket.socket, content_type: int, payload: bytes) -> bool | None:
         state = self._state(sock)
@@ -167,6 +177,17 @@ class FakeKernel(LinuxKernel):
     def shutdown(self, sock: socket.socket) -> None:
         assert not self._state(sock).pending, "FIN while the kernel's TLS still holds records: they are lost"
         super().shutdown(sock)
+
+
+def _copied(buffers) -> bytes:
+    """Copy as a kernel copies: what is not there (a mapped file that was truncated) is EFAULT and not SIGBUS."""
+    with open(os.memfd_create("copied"), "r+b", buffering=0) as memory:
+        for at in range(0, len(buffers), IOV_MAX):
+            wanted = sum(len(memoryview(buffer).cast("B")) for buffer in buffers[at : at + IOV_MAX])
+            if os.writev(memory.fileno(), buffers[at : at + IOV_MAX]) != wanted:
+                raise OSError(errno.EFAULT, "short copy")
+        memory.seek(0)
+        return memory.read()
 
 
 def nibbling(seed: int, *, blocks: bool = True) -> Callable[[int], int]:

@@ -108,9 +108,9 @@ def test_download(served, version, cipher, resumed, download):
     assert (entry["tls"]["resumed"], entry["bytes"], entry["complete"]) == (resumed, SIZE, True)
 
 
-@pytest.fixture(scope="module", params=["copy", "sendfile", "mapped"])
+@pytest.fixture(scope="module", params=["copy", "sendfile", "mapped", "spliced"])
 def framed(served, request):
-    """A server that frames HTTP/2 in one of the three ways, for the same files."""
+    """A server that frames HTTP/2 in one of its ways, for the same files."""
     folder = served.folder / request.param
     folder.mkdir()
     (folder / "ktlsd.toml").write_text(f'[ktls]\nmode = "require"\nframing = "{request.param}"\n')

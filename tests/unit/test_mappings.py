@@ -1,0 +1,177 @@
+"""Which files are mapped, for how long, and that pages of them go through a pipe unchanged."""
+
+import os
+import random
+from array import array
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ktlsd.net import mappings as module
+from ktlsd.net.hot import buffers_of, headers_of, hot_runs, leave_out, vectors_of
+from ktlsd.net.mappings import MAPPED_MIN, Mappings
+from ktlsd.net.pages import PagePipe, address_of_bytes, open_pipe
+from ktlsd.slices import Framed, OpenFile
+from tests.h2peer import wire
+
+CONTENT = random.Random(3).randbytes(MAPPED_MIN + 5_000)
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT)
+    return tmp_path / "file"
+
+
+def opened(path):
+    fd = os.open(path, os.O_RDONLY)
+    facts = os.fstat(fd)
+    return OpenFile(fd, facts.st_size, 0, identity=(facts.st_dev, facts.st_ino))
+
+
+def test_a_file_is_mapped_when_it_is_opened_again(path):
+    mappings, first = Mappings(), opened(path)
+    assert [mappings.of(first) for _ in range(3)] == [None] * 3
+    second = opened(path)
+    mapped = mappings.of(second)
+    assert mapped.size == len(CONTENT)
+    assert mappings.of(first) is mapped
+    assert mappings.of(opened(path)) is mapped
+    mappings.close()
+
+
+def test_what_is_small_or_unknown_is_not(tmp_path, path):
+    mappings = Mappings()
+    (tmp_path / "small").write_bytes(b"x" * (MAPPED_MIN - 1))
+    assert [mappings.of(opened(tmp_path / "small")) for _ in range(3)] == [None] * 3
+    assert [mappings.of(OpenFile(os.open(path, os.O_RDONLY), len(CONTENT), 0)) for _ in range(3)] == [None] * 3
+
+
+def test_a_file_that_changes_its_length_is_mapped_anew(path):
+    mappings = Mappings()
+    mappings.of(opened(path))
+    assert mappings.of(opened(path)).size == len(CONTENT)
+    path.write_bytes(CONTENT * 2)
+    assert mappings.of(opened(path)) is None
+    assert mappings.of(opened(path)).size == 2 * len(CONTENT)
+    assert len(mappings) == 1
+
+
+def test_what_became_shorter_before_it_could_be_mapped_is_copied(path):
+    mappings = Mappings()
+    mappings.of(opened(path))
+    late = opened(path)
+    os.truncate(path, 0)
+    assert mappings.of(late) is None
+
+
+def test_mappings_are_bounded_and_the_longest_unused_goes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAPPED_MAX", 3 * len(CONTENT))
+    mappings = Mappings()
+    paths = [tmp_path / str(number) for number in range(5)]
+    for each in paths:
+        each.write_bytes(CONTENT)
+        mappings.of(opened(each))
+        assert mappings.of(opened(each)) is not None
+        mappings.of(opened(paths[0]))
+    assert len(mappings) == 3
+    assert [mappings._mapped.get(opened(each).identity) is not None for each in paths] == [True, False, False, True, True]
+
+
+def test_what_is_not_used_for_a_while_is_let_go_of(path):
+    """A mapping holds the space of a file that has been deleted."""
+    mappings = Mappings()
+    assert mappings.sweep(1_000.0) is None
+    mappings.of(opened(path))
+    mappings.of(opened(path))
+    assert mappings.sweep(1_000.0) == 1_030.0
+    assert mappings.sweep(1_029.0) == 1_030.0
+    mappings.of(opened(path))
+    assert mappings.sweep(1_031.0) == 1_061.0
+    assert mappings.sweep(1_062.0) is None
+    assert len(mappings) == 0
+
+
+def through(pipe, vectors):
+    """What comes out at the other end of a socket pair."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    out = b""
+    with ours, theirs:
+        ours.setblocking(False)
+        while vectors:
+            _, accepted = pipe.send(ours.fileno(), vectors, more=False)
+            leave_out(vectors, accepted or 0)
+            theirs.setblocking(False)
+            try:
+                while True:
+                    out += theirs.recv(1 << 20)
+            except BlockingIOError:
+                pass
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    offset=st.integers(0, 200_000), length=st.integers(1, 60_000), step=st.integers(300, 20_000), gone=st.integers(0, 30_000),
+    before=st.binary(max_size=30), most=st.integers(31, 100_000),
+)  # fmt: skip
+def test_pages_and_headers_go_as_they_are(tmp_path_factory, offset, length, step, gone, before, most):
+    path = tmp_path_factory.getbasetemp() / "pages"
+    if not path.exists():
+        path.write_bytes(CONTENT)
+    mappings = Mappings()
+    mappings.of(opened(path))
+    run = Framed(opened(path), offset, length, step=step, header=b"h" * 9, last_header=b"l" * 9)
+    run.advance(min(gone, len(run) - 1))
+    expected = before + wire([run])
+    runs = hot_runs([before, run], mappings, most)
+    kept = list(headers_of(runs))
+    assert kept
+    buffers = b"".join(buffers_of(runs))
+    pipe = PagePipe()
+    spliced = through(pipe, vectors_of(runs))
+    os.close(pipe._in), os.close(pipe._out), os.close(pipe._null)
+    assert spliced == buffers
+    assert expected.startswith(spliced)
+    assert len(spliced) >= min(most, len(expected))
+    runs.clear()
+    mappings.close()
+
+
+def test_what_the_socket_does_not_take_is_not_left_in_the_pipe(path):
+    import socket
+
+    pipe = open_pipe()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        data = b"x" * 200_000
+        total = 0
+        while True:
+            offered, accepted = pipe.send(ours.fileno(), array("Q", (address_of_bytes(data), len(data))), more=False)
+            assert offered == len(data)
+            if accepted is None:
+                break
+            total += accepted
+        assert total > 0
+        theirs.settimeout(5)
+        got = 0
+        while got < total:
+            got += len(theirs.recv(1 << 20))
+        _, accepted = pipe.send(ours.fileno(), array("Q", (address_of_bytes(b"fresh"), 5)), more=False)
+        assert accepted == 5
+        assert theirs.recv(100) == b"fresh"
+
+
+def test_pages_that_are_not_there_are_an_error_and_no_signal(path):
+    mappings = Mappings()
+    mappings.of(opened(path))
+    mapped = mappings.of(opened(path))
+    os.truncate(path, 0)
+    pipe = open_pipe()
+    with pytest.raises(OSError, match="Bad address"):
+        pipe.send(pipe._null, array("Q", (mapped.address, 4_096)), more=False)
+    mappings.close()
