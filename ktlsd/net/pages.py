@@ -11,6 +11,8 @@ import os
 from array import array
 from typing import Final
 
+from ktlsd.slices import FRAME_HEADER
+
 _PIPE_SIZES: Final = 4 << 20, 1 << 20  # bytes: what root may ask for, and anybody (fs.pipe-max-size)
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -51,17 +53,17 @@ class PagePipe:
     def send(self, fd: int, vectors: "array[int]", *, more: bool) -> tuple[int, int | None]:
         """Send pages, given as address and length one after the other; return how many bytes were offered and accepted.
 
-        Offers what the pipe can refer to. Accepted None: would block. Raises OSError of vmsplice (EFAULT: not all of it is
-        there) or splice; nothing is left in the pipe.
+        Offers what the pipe can refer to, of frames only whole ones: a header is a vector of 9 bytes. Accepted None: would
+        block. Raises OSError of vmsplice (EFAULT: not all of the first frame is there) or splice; nothing is left in the pipe.
         """
-        offered: int = _libc.vmsplice(
-            self._in, ctypes.c_void_p(vectors.buffer_info()[0]), len(vectors) // 2, os.SPLICE_F_NONBLOCK
-        )
-        if offered < 0:
+        vector_count = len(vectors) // 2
+        there: int = _libc.vmsplice(self._in, ctypes.c_void_p(vectors.buffer_info()[0]), vector_count, os.SPLICE_F_NONBLOCK)
+        if there < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-        left, accepted = offered, None
+        left, accepted = there, None
         try:
+            offered = _whole_frames(vectors, there)
             accepted = os.splice(self._out, fd, offered, flags=os.SPLICE_F_NONBLOCK | (os.SPLICE_F_MORE if more else 0))
             left -= accepted
         except BlockingIOError:
@@ -70,6 +72,23 @@ class PagePipe:
             while left:
                 left -= os.splice(self._out, self._null, left)
         return offered, accepted
+
+
+def _whole_frames(vectors: "array[int]", there: int) -> int:
+    """Return how many of `there` bytes are whole frames, or the rest of one that has begun. Raises OSError(EFAULT)."""
+    lengths = vectors[1::2]
+    total = begun = 0  # `begun` is where the last frame does
+    for length in lengths:
+        if length == FRAME_HEADER:
+            begun = total
+        if total + length > there:
+            break
+        total += length
+    else:
+        return total
+    if begun or lengths[0] != FRAME_HEADER:
+        return begun or there
+    raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 
 def open_pipe() -> PagePipe | None:
