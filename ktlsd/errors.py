@@ -6,6 +6,10 @@ hold secrets.
 """
 
 import errno as _errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ktlsd.slices import OpenFile
 
 
 class KtlsdError(Exception):
@@ -107,3 +111,12 @@ class Http2Error(PeerError):
 
 class FileTruncated(KtlsdError):
     """The file shrank or became unreadable while it was being sent: the connection is aborted so that the client can tell."""
+
+
+class FileCold(KtlsdError):
+    """What is to be sent next is not in memory, and reading it would make everybody wait: read it in a thread first."""
+
+    def __init__(self, file: "OpenFile", offset: int) -> None:
+        super().__init__(f"not in memory at {offset}")
+        self.file = file
+        self.offset = offset

@@ -21,6 +21,7 @@ class OpenFile:
     ctime_ns: int = 0  # when its inode last changed: nobody can set that back
     identity: tuple[int, int] | None = None  # device and inode, by which it is known again when it is opened again
     sent_before: bool = False  # some of it has been sent already
+    warm: int = 0  # bytes before this offset have been read into memory for us; -1: don't ask, just read
     holders: int = 1
     close_fd: Callable[[int], None] = os.close
 

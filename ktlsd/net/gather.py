@@ -3,18 +3,19 @@
 Files are read with pread and not mapped: a mapping that is truncated under us is SIGBUS, and was no faster.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 
-from ktlsd.errors import FileTruncated
-from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, Outgoing
+from ktlsd.errors import FileCold, FileTruncated
+from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, OpenFile, Outgoing
 
 
 def gather(segments: Sequence[Outgoing], view: memoryview) -> bytes | memoryview:
     """Return the front of `segments` as one buffer, at most as long as `view`, which it may fill.
 
-    A frame's header is never the last of it: if its payload can't be read the frame is left out. Raises FileTruncated if
-    that leaves nothing.
+    A frame's header is never the last of it: if its payload can't be read the frame is left out. If that leaves nothing,
+    raises FileTruncated, or FileCold for what is not in memory.
     """
     if len(segments) == 1 and isinstance(segments[0], bytes | memoryview):
         return segments[0][: len(view)]
@@ -29,7 +30,7 @@ def gather(segments: Sequence[Outgoing], view: memoryview) -> bytes | memoryview
             continue
         try:
             got = _read(segment, room) if isinstance(segment, FileSlice) else _read_framed(segment, room)
-        except FileTruncated:
+        except (FileTruncated, FileCold):
             if filled:
                 break
             raise
@@ -40,17 +41,38 @@ def gather(segments: Sequence[Outgoing], view: memoryview) -> bytes | memoryview
 
 
 def _read(segment: FileSlice, room: memoryview) -> int:
-    return _preadv(segment.file.fd, [room], segment.offset, segment.length)
+    return _preadv(segment.file, [room], segment.offset, segment.length)
 
 
-def _preadv(fd: int, rooms: list[memoryview], offset: int, length: int) -> int:
+def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -> int:
+    """Read what is in memory at once. Raises FileCold if nothing is, FileTruncated."""
     try:
-        got = os.preadv(fd, rooms, offset)
+        got = os.preadv(file.fd, rooms, offset, 0 if offset < file.warm or file.warm < 0 else os.RWF_NOWAIT)
+    except BlockingIOError as exc:
+        raise FileCold(file, offset) from exc
     except OSError as exc:
+        if exc.errno == errno.EOPNOTSUPP:  # tmpfs, and others that don't know whether they would wait
+            file.warm = -1
+            return _preadv(file, rooms, offset, length)
         raise FileTruncated(f"read at {offset}: {exc.strerror}") from exc
     if not got:
         raise FileTruncated(f"the file ends at {offset}, {length} bytes short")
     return got
+
+
+def check_warm(file: OpenFile, offset: int, count: int) -> None:
+    """Raise FileCold if the last of `count` bytes from `offset` is not in memory: read in a row, the others are then."""
+    last = offset + count - 1
+    if 0 <= file.warm <= last and last < file.size:
+        try:
+            _preadv(file, [_probe], last, 1)
+        except FileCold:
+            raise FileCold(file, offset) from None
+        except FileTruncated:
+            pass  # whoever sends it finds out
+
+
+_probe = memoryview(bytearray(1))
 
 
 def _read_framed(run: Framed, room: memoryview) -> int:
@@ -78,7 +100,7 @@ def _read_framed(run: Framed, room: memoryview) -> int:
     skipped = max(run.gone - FRAME_HEADER, 0)  # bytes of the first frame's payload that are gone
     if not wanted:
         return size
-    got = _preadv(run.file.fd, rooms, run.offset + skipped, run.length - skipped)
+    got = _preadv(run.file, rooms, run.offset + skipped, run.length - skipped)
     if got == wanted:
         return size
     whole = (got + skipped) // step

@@ -3,6 +3,8 @@
 from array import array
 from collections.abc import Iterator, Sequence
 
+from ktlsd.errors import FileCold
+from ktlsd.net.gather import check_warm
 from ktlsd.net.kernel import IOV_MAX, Buffer
 from ktlsd.net.mappings import Mapped, Mappings
 from ktlsd.net.pages import address_of_bytes
@@ -21,13 +23,23 @@ def hot_runs(segments: Sequence[Outgoing], mappings: Mappings, most: int) -> Run
         most -= len(segment)
         if isinstance(segment, Framed):
             mapped = mappings.of(segment.file)
-            if mapped is None:
+            front = _front(segment, most)
+            if mapped is None or not _is_warm(front):
                 break
             found = True
-            runs.append((_front(segment, most), mapped))
+            runs.append((front, mapped))
         else:
             runs.append(bytes(segment))
     return runs if found else []
+
+
+def _is_warm(run: Framed) -> bool:
+    """Whether sending it would not have to wait for the disk; if it would, copying finds out from where on."""
+    try:
+        check_warm(run.file, run.offset, run.length)
+    except FileCold:
+        return False
+    return True
 
 
 def _front(run: Framed, over: int) -> Framed:

@@ -4,7 +4,8 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
-from ktlsd.errors import FileTruncated, PeerError
+from ktlsd.errors import FileCold, FileTruncated, PeerError
+from ktlsd.net.gather import check_warm
 from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.slices import FileSlice, Framed, Outgoing
 
@@ -29,7 +30,12 @@ class PlainTx:
             if isinstance(segment, FileSlice):
                 at += 1
                 offered = segment.length
-                sent = self._send_slice(segment, accepted) if offered else 0
+                try:
+                    sent = self._send_slice(segment, accepted) if offered else 0
+                except FileCold:
+                    if not accepted:
+                        raise
+                    break  # the caller has to know first what is gone
             elif isinstance(segment, Framed):
                 raise AssertionError("frames are HTTP/2, which is spoken over TLS only")
             else:
@@ -51,6 +57,7 @@ class PlainTx:
     def _send_slice(self, segment: FileSlice, before: int) -> int | None:
         """One sendfile call; `before` is how many bytes went out just before it."""
         assert before >= 0
+        check_warm(segment.file, segment.offset, min(segment.length, SENDFILE_MAX))
         sent = self._kernel.sendfile(self._sock, segment.file.fd, segment.offset, min(segment.length, SENDFILE_MAX))
         if sent == 0:
             raise FileTruncated(f"the file ends at {segment.offset}, {segment.length} bytes short")

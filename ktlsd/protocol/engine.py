@@ -9,6 +9,7 @@ from typing import Final, cast
 
 from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, ConnectionState, H2Connection
+from h2.errors import ErrorCodes
 from h2.exceptions import DenialOfServiceError, FlowControlError, FrameTooLargeError, ProtocolError
 from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream, StreamInputs, StreamState
@@ -163,3 +164,11 @@ class Engine(H2Connection):
 
 
 _MAY_SEND: Final = (StreamState.HALF_CLOSED_REMOTE, StreamState.OPEN)
+
+
+def error_code(exc: ProtocolError) -> ErrorCodes:
+    """Return GOAWAY's error code; h2 makes no difference for a header block that can't be decoded (RFC 9113 §4.3)."""
+    cause = exc.__cause__
+    if isinstance(cause, HPACKError) and not isinstance(cause, OversizedHeaderListError):
+        return ErrorCodes.COMPRESSION_ERROR
+    return ErrorCodes(exc.error_code)

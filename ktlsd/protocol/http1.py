@@ -56,8 +56,9 @@ class Http1Connection:
         self._input_ended = False
         self._draining = False
         self.closing = False  # the last response is out: close
-        self.fault = None  # HTTP/1.1 tells what is wrong in a response
-        self.leaving = False
+        self._held_output = False
+        self.progress = 0  # bytes that have gone out
+        self.fault, self.leaving = None, False  # HTTP/1.1 tells in a response what is wrong, and that it will end
 
     # --- what the server wants to know -----------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ class Http1Connection:
     def owes_work(self) -> bool:
         """Whether the next response waits for something of ours, not for the client."""
         exchange = self._exchanges[0] if self._exchanges else None
-        return self.busy and exchange is not None and (exchange.response is None or self.working)
+        return self.busy and exchange is not None and (exchange.response is None or self.working or self._held_output)
 
     @property
     def head_begun(self) -> bool:
@@ -97,10 +98,7 @@ class Http1Connection:
     # --- requests --------------------------------------------------------------------------------------------------
 
     def receive(self, data: bytes, now: float = 0.0) -> list[Request | Refused]:
-        """Take input, return the requests that are whole. Call with b"" after responses went out: more may be waiting.
-
-        `now` is for HTTP/2, whose peers need budgets.
-        """
+        """Take input, return the requests that are whole. Call with b"" after responses went out: more may be waiting."""
         if self._refused:
             self._discarded += len(data)  # the connection ends with the response that is on its way
             return []
@@ -276,6 +274,8 @@ class Http1Connection:
     def next_output(self, budget: int) -> list[Segment]:
         """Return the segments to send next, about `budget` bytes or one file slice; [] if there are none now."""
         out: list[Segment] = []
+        if self._held_output:
+            return out
         for exchange in self._exchanges:
             if exchange.response is None or budget <= 0 or self.closing:
                 break
@@ -319,6 +319,7 @@ class Http1Connection:
     def sent(self, count: int) -> list[Ended]:
         """Account for `count` bytes from the front of `next_output` that are gone; return the responses now complete."""
         completed = []
+        self.progress += count
         while self._exchanges:
             exchange = self._exchanges[0]
             response = exchange.response
@@ -366,6 +367,15 @@ class Http1Connection:
                 exchange.response.close()
         self._exchanges.clear()
         return left
+
+    def hold(self) -> int:
+        """What stands first in the output has to be read first: send nothing until `release`; return its stream."""
+        self._held_output = True
+        return self._exchanges[0].stream_id
+
+    def release(self, stream_id: int) -> None:
+        """It has been read."""
+        self._held_output = False
 
     def file_failed(self) -> bool:
         """A file can't be sent to its end: nobody could tell the response behind it from its rest."""

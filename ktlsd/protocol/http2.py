@@ -10,15 +10,14 @@ from typing import Any, Final
 from h2 import events
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from hpack.exceptions import HPACKError, OversizedHeaderListError
 
 from ktlsd.errors import Http2Error, RequestError
 from ktlsd.protocol import engine as wire
 from ktlsd.protocol.bodies import MAX_BODY
 from ktlsd.protocol.budgets import Budgets
-from ktlsd.protocol.engine import Engine, frame_header
+from ktlsd.protocol.engine import Engine, error_code, frame_header
 from ktlsd.protocol.header_blocks import FORGET_TABLE, HeaderList, block_of
-from ktlsd.protocol.http2_fields import MalformedRequest, request_of
+from ktlsd.protocol.http2_fields import MalformedRequest, request_line, request_of
 from ktlsd.protocol.http2_input import LAST_STREAM, PREFACE, Frame, Input
 from ktlsd.protocol.http2_output import Output, Stream
 from ktlsd.protocol.messages import Ended, Refused, Request, Response
@@ -34,17 +33,20 @@ _OUR_PING: Final = b"draining"
 class Http2Connection:
     """One connection's protocol state, with the same doors as `Http1Connection`."""
 
-    def __init__(self, *, max_requests: int = 10_000, budgets: Budgets | None = None) -> None:
+    def __init__(self, max_requests: int = 10_000, stall_timeout: float = 60.0) -> None:
+        """`stall_timeout` is seconds that a stream may go without a window while others have one."""
         self._engine = Engine()
         self._engine.initiate_connection()
         self._engine.receive_data(PREFACE)  # `Input` has seen the client's
         self._output = Output(self._engine)
         self._output.control(self._engine.data_to_send())
-        self._budgets = budgets or Budgets()
+        self._budgets = Budgets()
         self._input = Input(self._budgets)
         self._early: dict[int, Priority] = {}  # PRIORITY_UPDATE that came before its request
         self._found: list[Request | Refused] = []
         self._left = max_requests
+        self._stall_timeout = stall_timeout
+        self._look_at = 0.0  # when to look for stalled streams
         self._now = 0.0
         self._acknowledge_by = 0.0  # when our SETTINGS must have been acknowledged; 0: not sent, inf: they have been
         self._first_response = True
@@ -67,6 +69,11 @@ class Http2Connection:
         """Whether all that is owed waits for something of ours, not for the client."""
         streams = self._output.streams
         return bool(streams) and not self._output.queued and all(stream.waits_for_us for stream in streams.values())
+
+    @property
+    def progress(self) -> int:
+        """A number that grows with every response and every byte of a body that goes out, and with nothing else."""
+        return self._output.progress
 
     @property
     def head_begun(self) -> bool:
@@ -121,7 +128,12 @@ class Http2Connection:
             self._end(error)
         except ProtocolError as exc:
             self._engine.clear_outbound_data_buffer()  # h2's own GOAWAY
-            self._end(Http2Error(_code_of(exc).name, str(exc)))
+            self._end(Http2Error(error_code(exc).name, str(exc)))
+        if now >= self._look_at:
+            self._look_at = now + 1.0
+            for stream in self._output.stalled(now, self._stall_timeout):
+                self._output.abort(stream.id)
+                self._reset(stream.id, ErrorCodes.CANCEL)
         found, self._found = self._found, []
         return found if self.fault is None else []
 
@@ -201,9 +213,9 @@ class Http2Connection:
         except MalformedRequest as exc:
             stream.malformed = True
             self._pay_for_reset()
-            found = Refused(RequestError(400, f"Malformed: {exc}"), stream_id, _request_line(headers))
+            found = Refused(RequestError(400, f"Malformed: {exc}"), stream_id, request_line(headers))
         except RequestError as error:
-            found = Refused(error, stream_id, _request_line(headers))
+            found = Refused(error, stream_id, request_line(headers))
         if not end_stream:
             self._engine.streams[stream_id]._expected_content_length = None  # checked here: h2 would end the connection
         self._found.append(found)
@@ -357,6 +369,14 @@ class Http2Connection:
                 self._end(Http2Error("ENHANCE_YOUR_CALM", "windows too small for more than slivers"))
         return output.take_ended()
 
+    def hold(self) -> int:
+        """The file that stands first in the output has to be read first: leave its stream out until `release`; return it."""
+        return self._output.hold()
+
+    def release(self, stream_id: int) -> None:
+        """It has been read."""
+        self._output.release(stream_id)
+
     def file_failed(self) -> bool:
         """The file that stands first in the output can't be sent; whether the others can go on without its stream."""
         stream = self._output.first_planned()
@@ -375,17 +395,3 @@ _HANDLERS: Final[dict[type, Callable[[Http2Connection, Any], None]]] = {
     events.SettingsAcknowledged: Http2Connection._acknowledged,
     events.PingAckReceived: Http2Connection._pong,
 }
-
-
-def _code_of(exc: ProtocolError) -> ErrorCodes:
-    """Return GOAWAY's error code; h2 makes no difference for a header block that can't be decoded (RFC 9113 §4.3)."""
-    cause = exc.__cause__
-    if isinstance(cause, HPACKError) and not isinstance(cause, OversizedHeaderListError):
-        return ErrorCodes.COMPRESSION_ERROR
-    return ErrorCodes(exc.error_code)
-
-
-def _request_line(headers: HeaderList) -> bytes:
-    """Return what the log says of a request that was refused."""
-    said = dict(reversed(headers))
-    return b"%s %s HTTP/2" % (said.get(b":method", b"-")[:32], said.get(b":path", b"-")[:256])

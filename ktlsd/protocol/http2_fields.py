@@ -114,3 +114,9 @@ def _host_of(pseudo: dict[bytes, bytes], fields: HeaderList) -> bytes:
     if b"@" in host:
         raise MalformedRequest("the authority has userinfo")
     return host
+
+
+def request_line(headers: HeaderList) -> bytes:
+    """Return what the log says of a request that was refused."""
+    said = dict(reversed(headers))
+    return b"%s %s HTTP/2" % (said.get(b":method", b"-")[:32], said.get(b":path", b"-")[:256])

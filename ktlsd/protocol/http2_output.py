@@ -39,6 +39,8 @@ class Stream:
         "priority",
         "request_open",
         "responded",
+        "seen_at",
+        "seen_sent",
         "served",
         "source",
         "source_idle",
@@ -61,6 +63,8 @@ class Stream:
         self.source_idle = False  # it had nothing when last asked
         self.held = False  # its file is being read into memory
         self.body_sent = 0
+        self.seen_sent = -1  # bytes of the body, when it was last looked at whether it moves
+        self.seen_at = 0.0
         self.served = 0  # bytes, counted from where the least served stream stood when this one came
 
     @property
@@ -103,6 +107,8 @@ class Output:
         self._ended: list[Ended] = []
         self.streams: dict[int, Stream] = {}
         self.queued = 0  # bytes that are committed and not gone
+        self._blocked = False  # by a frame whose file is being read
+        self.progress = 0
 
     # --- streams ---------------------------------------------------------------------------------------------------
 
@@ -114,6 +120,7 @@ class Output:
     def respond(self, stream: Stream, response: Response, block: bytes) -> None:
         """Queue the response's header; its body follows as windows and the others allow."""
         stream.responded, stream.status = True, response.status
+        self.progress += 1
         for segment in response.body:
             if len(segment):
                 stream.body.append(segment)
@@ -165,15 +172,45 @@ class Output:
         """Whether anything can be sent without another word from the client."""
         return any(stream.waits_for_us or self._engine.window(stream.id) > 0 for stream in self.streams.values())
 
+    def stalled(self, now: float, timeout: float) -> list[Stream]:
+        """Return the streams whose client has given them no window for so long, though the connection has one."""
+        found = []
+        for stream in self.streams.values():
+            if stream.seen_sent != stream.body_sent or stream.waits_for_us or stream.h2.outbound_flow_control_window > 0:
+                stream.seen_sent, stream.seen_at = stream.body_sent, now
+            elif now - stream.seen_at > timeout and self._engine.outbound_flow_control_window > 0:
+                found.append(stream)
+        return found
+
     def first_planned(self) -> Stream | None:
         """Return the stream whose DATA comes next, None if something committed does."""
         return self._plan[0].stream if self._plan and not self._queue else None
+
+    def hold(self) -> int:
+        """Leave out the stream whose file comes next; in the middle of a frame everybody has to wait. Return it."""
+        stream = self.first_planned()
+        if stream is not None:
+            stream.held = True
+            self._plan.clear()
+            return stream.id
+        self._blocked = True
+        assert self._queue[0].stream is not None
+        return self._queue[0].stream.id
+
+    def release(self, stream_id: int) -> None:
+        """Its file has been read into memory."""
+        self._blocked = False
+        stream = self.streams.get(stream_id)
+        if stream is not None:
+            stream.held = False
 
     # --- the plan --------------------------------------------------------------------------------------------------
 
     def next(self, budget: int) -> list[Outgoing]:
         """Return what is committed and, behind it, about `budget` bytes of DATA."""
         self._plan = []
+        if self._blocked:
+            return []
         if self.streams and self.queued < budget:
             self._make_plan(min(budget, _PLAN))
         return [unit.segment for unit in (*self._queue, *self._plan)]
@@ -302,6 +339,7 @@ class Output:
         self._engine.charge_data(stream.id, charged, largest=largest, end_stream=unit.end)
         stream.served += charged
         stream.body_sent += charged
+        self.progress += charged + 1
         rest = gone < len(segment)
         if rest and isinstance(segment, Framed):
             unit.file = segment.file.hold()  # the stream may let go of it before the frame is over

@@ -9,14 +9,13 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import bcrypt
 
 from ktlsd.errors import SettingsError
 from ktlsd.protocol.semantics import Path
+from ktlsd.server.later import Later
 
 _log = logging.getLogger("ktlsd")
 _REMEMBERED: Final = 1024  # verdicts
@@ -28,18 +27,6 @@ _BCRYPT: Final = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{2
 _LN, _R, _P = 15, 8, 1  # about 0.1 s and 32 MiB for one password
 _MAX_MEMORY: Final = 256 << 20  # bytes for one password
 _MIN_KEY: Final = 16  # bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Later:
-    """The answer takes work that must not stop the worker: run `job` in a thread, `done` with its result, then ask again.
-
-    Requests with the same `key` wait for the same job.
-    """
-
-    key: bytes
-    job: Callable[[], bool]
-    done: Callable[[bool], None]
 
 
 class Passwords:
@@ -107,7 +94,7 @@ class Passwords:
                 verdicts.popitem(last=False)
             verdicts[key] = time.monotonic() + lasts
 
-        return Later(key, lambda: _matches(compared, password), keep)
+        return Later(key, lambda: _matches(compared, password), lambda right: keep(bool(right)))
 
 
 def _version(file: str) -> tuple[int, int, int] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ktlsd.errors import (
+    FileCold,
     FileTruncated,
     Http2Error,
     Overdue,
@@ -24,7 +25,7 @@ from ktlsd.protocol.http1_syntax import plain_answer
 from ktlsd.protocol.http2 import Http2Connection
 from ktlsd.protocol.messages import Refused, Request, Response
 from ktlsd.server.accesslog import AccessLog
-from ktlsd.server.auth import Later
+from ktlsd.server.later import Later, read_ahead
 from ktlsd.server.ledger import Ledger
 from ktlsd.server.metrics import Metrics
 from ktlsd.settings import Limits
@@ -86,6 +87,7 @@ class Connection:
         "_key_update_tokens",
         "_key_updates_seen",
         "_ledger",
+        "_progress",
         "_services",
         "_stage",
         "_unacknowledged",
@@ -103,6 +105,7 @@ class Connection:
         self._stage = _Stage.HANDSHAKE
         self._fd = channel.fileno()
         self._faulted = False
+        self._progress = 0
         self._key_update_tokens = (now, float(_KEY_UPDATES_PER_SECOND))
         self._key_updates_seen = 0
         self._close_tick = _CLOSE_TICK
@@ -151,7 +154,7 @@ class Connection:
             metrics.count("handshakes_resumed" if facts.resumed else "handshakes_full")
         self.deadline = now + limits.idle_timeout
         if facts.alpn == "h2":
-            self._http = Http2Connection(max_requests=limits.requests_per_connection)
+            self._http = Http2Connection(limits.requests_per_connection, limits.progress_timeout)
             metrics.count("connections_http2")
         if self.draining:
             self._http.drain(one_more=True)
@@ -165,6 +168,10 @@ class Connection:
             while segments := http.next_output(_BUDGET):
                 try:
                     sent = channel.try_send(segments, body_bytes=http.body_bytes)
+                except FileCold as cold:
+                    self._jobs.append((http.hold(), read_ahead(cold)))
+                    self._services.metrics.count("cold_reads")
+                    continue
                 except FileTruncated as error:
                     if not http.file_failed():
                         raise
@@ -173,7 +180,8 @@ class Connection:
                 if sent is None:
                     break
                 self._ledger.close(http.sent(sent), channel)
-                self._set_deadline(now)
+                if http.progress != self._progress or not http.busy:  # answers to a PING are none
+                    self._set_deadline(now)
                 spent += sent
                 if spent >= _BUDGET or http.working:
                     return True
@@ -246,11 +254,15 @@ class Connection:
         jobs, self._jobs = self._jobs, []
         return jobs
 
+    def go_on(self, stream_id: int) -> None:
+        """What a response was waiting for has been read. Pump afterwards."""
+        self._http.release(stream_id)
+
     def resume(self, stream_id: int, now: float, *, refusal: RequestError | None = None) -> None:
-        """A job is done, or could not be: answer the request. Pump afterwards."""
+        """A job is done, or could not be: answer the request, if the client is still there. Pump afterwards."""
         request = self._ledger.request(stream_id)
         if request is None or self._stage is not _Stage.HTTP:
-            return  # the client has left meanwhile
+            return
         if refusal is None:
             self._respond(request, now)
         else:
@@ -259,6 +271,7 @@ class Connection:
     def _set_deadline(self, now: float) -> None:
         """Something was achieved. What comes next has its own time: progress of a response, the rest of a head, a request."""
         limits = self._services.limits
+        self._progress = self._http.progress
         if self._http.busy:
             self.deadline = now + limits.progress_timeout
         elif self._http.head_begun:
@@ -292,9 +305,10 @@ class Connection:
         if self._http.owes_work:  # ours to do: the client can't help it
             self.deadline = now + self._services.limits.progress_timeout
             return
-        if self._http.busy or not self._channel.try_flush():
+        if not (flushed := self._channel.try_flush()) or self._http.busy:
             left = self._channel.unacknowledged()
-            if left != self._unacknowledged:  # slow, but it does take what TCP holds: writable comes in large steps only
+            # Slow, but it takes what TCP holds: writable comes in large steps. Where HTTP/2 has no window TCP holds only talk.
+            if left != self._unacknowledged and (not flushed or self._http.next_output(1)):
                 self._unacknowledged = left
                 self.deadline = now + self._services.limits.progress_timeout
                 return
@@ -370,8 +384,7 @@ class Connection:
         """Count an error, and have one line about it in the log."""
         name = f"{type(error).__name__}:{error.code}" if isinstance(error, Http2Error) else type(error).__name__
         self._services.metrics.count(f"{what}:{name}")
-        host, port = self._client
-        self._complaint = f"{host} port {port}: {error}"
+        self._complaint = f"{self._client[0]} port {self._client[1]}: {error}"
 
     def _abandon(self) -> bool:
         """Give up the responses that are not complete, log them as such; whether there were any."""

@@ -18,7 +18,7 @@ from ktlsd.protocol import semantics
 from ktlsd.protocol.messages import Refused, Request, Response
 from ktlsd.protocol.negotiation import choose_encoding, prefers_json
 from ktlsd.protocol.semantics import Path
-from ktlsd.server.auth import Later
+from ktlsd.server.later import Later
 from ktlsd.server.sites import Policy, Site, Sites, host_name
 from ktlsd.slices import OpenFile
 

@@ -20,8 +20,8 @@ from ktlsd.net.listeners import Listener
 from ktlsd.net.plain import PlainChannel
 from ktlsd.net.poller import Event, Poller
 from ktlsd.net.tx_userspace import Scratch
-from ktlsd.server.auth import Later
 from ktlsd.server.connection import Connection, Services, Turn
+from ktlsd.server.later import Later
 from ktlsd.tls.session import Session
 
 _log = logging.getLogger("ktlsd")
@@ -29,6 +29,7 @@ _ACCEPT_BURST: Final = 64  # connections taken before the others have their turn
 _ACCEPT_PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
 _NEVER: Final = float("inf")
 _THREADS: Final = 2  # for work that must not stop the loop
+_READERS: Final = 4  # for reading files that are not in memory
 _MAX_JOBS: Final = 64  # waiting or running; more are refused
 _JOB_DONE: Final = 0  # no signal has this number
 
@@ -104,6 +105,7 @@ class Worker:
         self._accepting = False
         self._draining = False
         self._threads = ThreadPoolExecutor(_THREADS, "ktlsd")
+        self._readers = ThreadPoolExecutor(_READERS, "ktlsd-read")
         self._waiting: dict[bytes, list[tuple[Connection, int]]] = {}  # for the job with this key
         self._jobs_done: deque[tuple[Later, bool | None]] = deque()  # and what came out, None if it failed
         self.waker = Waker()
@@ -214,7 +216,7 @@ class Worker:
         if waiting is not None:
             waiting.append((connection, stream_id))
             return
-        if len(self._waiting) >= _MAX_JOBS:
+        if len(self._waiting) >= _MAX_JOBS and not later.needed:
             connection.resume(stream_id, now, refusal=RequestError(503, "The server is at its limit; try again in a moment."))
             self._poller.again(connection)
             return
@@ -225,25 +227,30 @@ class Worker:
             try:
                 if any(connection.is_open for connection, _ in tuple(self._waiting[later.key])):
                     result = later.job()
+            except OSError as exc:  # of a disk: whoever sends gets it too
+                _log.warning("cannot read ahead: %s", exc.strerror)
             except Exception:  # our bug: those who wait are told, and nobody tries again
                 _log.exception("a job failed")
             self._jobs_done.append((later, result))
             self.waker.write(_JOB_DONE)
 
-        self._threads.submit(run)
+        (self._readers if later.needed else self._threads).submit(run)
 
     def _resume(self, now: float) -> None:
         while self._jobs_done:
             later, result = self._jobs_done.popleft()
             refusal = None
             waiting = self._waiting.pop(later.key)
-            if result is None:
+            if result is None and not later.needed:
                 refusal = RequestError(500, "Something is wrong with the server, not with the request.")
             else:
                 later.done(result)
             for connection, stream_id in waiting:
                 if self._connections.get(connection.fileno()) is connection:
-                    connection.resume(stream_id, now, refusal=refusal)
+                    if later.needed:
+                        connection.go_on(stream_id)
+                    else:
+                        connection.resume(stream_id, now, refusal=refusal)
                     self._pump(connection, now, Event(connection))
 
     # --- stopping --------------------------------------------------------------------------------------------------
@@ -295,6 +302,7 @@ class Worker:
 
     def _close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
         self._services.access_log.close()
         if self._services.access_log.lost:
             self._services.metrics.count("log_lines_lost", self._services.access_log.lost)

@@ -310,6 +310,23 @@ def test_a_client_that_opens_no_window_is_cut(root):
         client.close()
 
 
+def test_a_client_that_opens_no_window_is_cut_though_it_talks(root):
+    with ThreadServer(root, None, limits=Limits(progress_timeout=0.5)) as server:
+        client = Http2Client(server.port, window=1_000, auto=False)
+        client.ask("/big")
+        client.sock.settimeout(0.1)
+        with pytest.raises((AssertionError, ConnectionError)):
+            for _ in range(100):
+                client.send(raw(6, 0, 0, bytes(8)))
+                try:
+                    while True:  # the answer, and then nothing
+                        assert client.read()
+                except TimeoutError:
+                    pass
+        wait_until(lambda: server.metrics.counters["ended:Overdue"] == 1)
+        client.close()
+
+
 def test_a_violation_ends_in_goaway_one_line_and_a_counter(root, caplog):
     caplog.set_level("INFO", "ktlsd")
     with ThreadServer(root, None) as server:
