@@ -322,7 +322,10 @@ _SITE_NAME: Final = re.compile(r"\*|(?:\*\.)?[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*
 _FIELD_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIELD_VALUE: Final = re.compile(r"[\t\x20-\x7e]*")
 _FRAMING: Final = frozenset(
-    ("content-length", "transfer-encoding", "connection", "date", "content-range", "content-encoding", "etag", "trailer")
+    (
+        *("content-length", "transfer-encoding", "connection", "date", "content-range", "content-encoding", "etag", "trailer"),
+        *("keep-alive", "proxy-connection", "upgrade", "te"),
+    )
 )
 _MEDIA_TYPE: Final = re.compile(r"[\w.+!#$&^-]+/[\w.+!#$&^-]+(?:[ \t]*;[\t\x20-\x7e]*)?", re.ASCII)
 

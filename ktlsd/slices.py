@@ -21,7 +21,9 @@ class OpenFile:
     ctime_ns: int = 0  # when its inode last changed: nobody can set that back
     identity: tuple[int, int] | None = None  # device and inode, by which it is known again when it is opened again
     sent_before: bool = False  # some of it has been sent already
-    warm: int = 0  # bytes before this offset have been read into memory for us; -1: don't ask, just read
+    warm_from: int = 0  # from here to `warm_to` it has been read into memory for us
+    warm_to: int = 0
+    asks: bool = True  # whether to ask before reading if that would have to wait for the disk
     holders: int = 1
     close_fd: Callable[[int], None] = os.close
 

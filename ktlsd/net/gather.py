@@ -47,12 +47,12 @@ def _read(segment: FileSlice, room: memoryview) -> int:
 def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -> int:
     """Read what is in memory at once. Raises FileCold if nothing is, FileTruncated."""
     try:
-        got = os.preadv(file.fd, rooms, offset, 0 if offset < file.warm or file.warm < 0 else os.RWF_NOWAIT)
+        got = os.preadv(file.fd, rooms, offset, os.RWF_NOWAIT if _is_asked(file, offset) else 0)
     except BlockingIOError as exc:
         raise FileCold(file, offset) from exc
     except OSError as exc:
         if exc.errno == errno.EOPNOTSUPP:  # tmpfs, and others that don't know whether they would wait
-            file.warm = -1
+            file.asks = False
             return _preadv(file, rooms, offset, length)
         raise FileTruncated(f"read at {offset}: {exc.strerror}") from exc
     if not got:
@@ -60,16 +60,21 @@ def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -
     return got
 
 
+def _is_asked(file: OpenFile, offset: int) -> bool:
+    """Whether reading here is to fail where it would have to wait."""
+    return file.asks and not file.warm_from <= offset < file.warm_to
+
+
 def check_warm(file: OpenFile, offset: int, count: int) -> None:
-    """Raise FileCold if the last of `count` bytes from `offset` is not in memory: read in a row, the others are then."""
-    last = offset + count - 1
-    if 0 <= file.warm <= last and last < file.size:
-        try:
-            _preadv(file, [_probe], last, 1)
-        except FileCold:
-            raise FileCold(file, offset) from None
-        except FileTruncated:
-            pass  # whoever sends it finds out
+    """Raise FileCold if the first or the last of `count` bytes from `offset` is not in memory; mostly the others go along."""
+    for at in (offset, offset + count - 1):
+        if at < file.size and _is_asked(file, at):
+            try:
+                _preadv(file, [_probe], at, 1)
+            except FileCold:
+                raise FileCold(file, offset) from None
+            except FileTruncated:
+                pass  # whoever sends it finds out
 
 
 _probe = memoryview(bytearray(1))
@@ -105,8 +110,10 @@ def _read_framed(run: Framed, room: memoryview) -> int:
         return size
     whole = (got + skipped) // step
     if not whole:
-        # The file is shorter than it was. Of a frame that has begun everything is to go; of a new one nothing may.
+        # Of a frame that has begun everything is to go; of a new one nothing may.
         if run.gone:
             return max(FRAME_HEADER - run.gone, 0) + got
+        if _is_asked(run.file, run.offset) and run.offset + got < run.file.size:
+            raise FileCold(run.file, run.offset)  # its beginning is in memory; or it became shorter, which reading finds out
         raise FileTruncated(f"the file ends at {run.offset + got}, {run.length - got} bytes short")
     return whole * stride - run.gone

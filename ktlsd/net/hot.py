@@ -8,29 +8,28 @@ from ktlsd.net.gather import check_warm
 from ktlsd.net.kernel import IOV_MAX, Buffer
 from ktlsd.net.mappings import Mapped, Mappings
 from ktlsd.net.pages import address_of_bytes
-from ktlsd.slices import FileSlice, Framed, Outgoing
+from ktlsd.slices import Framed, Outgoing
 
-Runs = list[bytes | tuple[Framed, Mapped]]  # bytes, or frames with the mapping they are in
+Runs = list[tuple[Framed, Mapped]]
 
 
 def hot_runs(segments: Sequence[Outgoing], mappings: Mappings, most: int) -> Runs:
-    """Return the front of `segments`, about `most` bytes, up to the first file that isn't mapped; [] if none is."""
+    """Return the frames at the front of `segments`, about `most` bytes, as far as their files are mapped and in memory.
+
+    They are valid until the next call.
+    """
+    mappings.settle()
     runs: Runs = []
-    found = False
     for segment in segments:
-        if most <= 0 or isinstance(segment, FileSlice):
+        if most <= 0 or not isinstance(segment, Framed):
             break
         most -= len(segment)
-        if isinstance(segment, Framed):
-            mapped = mappings.of(segment.file)
-            front = _front(segment, most)
-            if mapped is None or not _is_warm(front):
-                break
-            found = True
-            runs.append((front, mapped))
-        else:
-            runs.append(bytes(segment))
-    return runs if found else []
+        mapped = mappings.of(segment.file)
+        front = _front(segment, most)
+        if mapped is None or not _is_warm(front):
+            break
+        runs.append((front, mapped))
+    return runs
 
 
 def _is_warm(run: Framed) -> bool:
@@ -57,11 +56,8 @@ def _front(run: Framed, over: int) -> Framed:
 def buffers_of(runs: Runs) -> list[Buffer]:
     """Return what sendmsg takes, no more of it than one call does."""
     buffers: list[Buffer] = []
-    for each in runs:
-        if isinstance(each, bytes):
-            buffers.append(each)
-            continue
-        run, view = each[0], each[1].view
+    for run, mapped in runs:
+        view = mapped.view
         buffers += (piece if isinstance(piece, bytes) else view[piece[0] : piece[0] + piece[1]] for piece in run.pieces())
     del buffers[IOV_MAX:]
     return buffers
@@ -70,11 +66,8 @@ def buffers_of(runs: Runs) -> list[Buffer]:
 def vectors_of(runs: Runs) -> "array[int]":
     """Return what vmsplice takes: address and length, one after the other (struct iovec)."""
     vectors = array("Q")
-    for each in runs:
-        if isinstance(each, bytes):
-            vectors.extend((address_of_bytes(each), len(each)))
-        else:
-            vectors.extend(_frames(each[0], each[1].address))
+    for run, mapped in runs:
+        vectors.extend(_frames(run, mapped.address))
     return vectors
 
 
@@ -97,12 +90,9 @@ def _frames(run: Framed, base: int) -> Iterator[int]:
 
 def headers_of(runs: Runs) -> Iterator[bytes]:
     """Yield the bytes that `vectors_of` refers to outside of mappings: they must live until they have been sent."""
-    for each in runs:
-        if isinstance(each, bytes):
-            yield each
-        else:
-            yield each[0].header
-            yield each[0].last_header
+    for run, _ in runs:
+        yield run.header
+        yield run.last_header
 
 
 def leave_out(vectors: "array[int]", count: int) -> None:

@@ -17,10 +17,10 @@ from typing import Final, Protocol
 
 from ktlsd import uapi
 from ktlsd.errors import FileTruncated, HandoverError, PeerTruncated
-from ktlsd.net.pages import LOST, PagePipe, open_pipe
+from ktlsd.net.pages import IOV_MAX, LOST, PagePipe, open_pipe
 
 Buffer = bytes | bytearray | memoryview
-IOV_MAX: Final = 1024  # buffers one send takes; more are EMSGSIZE
+__all__ = ["IOV_MAX", "Buffer", "Kernel", "LinuxKernel"]
 
 # What a send may say when this connection is lost: the peer or the way to it is gone, the kernel has no memory, or its TLS
 # could not encrypt (EBADMSG, EIO). Everything else from a send is a bug of ours.

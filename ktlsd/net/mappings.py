@@ -40,11 +40,12 @@ class Mapped:
 
 
 class Mappings:
-    """One worker's. What `of` returns is valid until the next call of any method."""
+    """One worker's. What `of` returns is valid until the next `settle`, `sweep` or `close`."""
 
     def __init__(self) -> None:
         self._mapped: OrderedDict[tuple[int, int], Mapped] = OrderedDict()
         self._seen: OrderedDict[tuple[int, int], int] = OrderedDict()  # identity -> size
+        self._dropped: list[Mapped] = []  # to be unmapped when nobody can be using them
         self._bytes = 0
         self._swept = 0.0
 
@@ -89,7 +90,12 @@ class Mappings:
     def _drop(self, key: tuple[int, int]) -> None:
         mapped = self._mapped.pop(key)
         self._bytes -= mapped.size
-        mapped.close()
+        self._dropped.append(mapped)
+
+    def settle(self) -> None:
+        """Unmap what has been dropped."""
+        while self._dropped:
+            self._dropped.pop().close()
 
     def sweep(self, now: float) -> float | None:
         """Drop what has not been used for a while; return when to come again (monotonic seconds), None if nothing is left."""
@@ -102,9 +108,11 @@ class Mappings:
                     mapped.used = False
                 else:
                     self._drop(key)
+            self.settle()
         return self._swept + _IDLE if self._mapped else None
 
     def close(self) -> None:
         """Drop all."""
         for key in list(self._mapped):
             self._drop(key)
+        self.settle()

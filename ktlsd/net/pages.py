@@ -14,6 +14,7 @@ from typing import Final
 from ktlsd.slices import FRAME_HEADER
 
 _PIPE_SIZES: Final = 4 << 20, 1 << 20  # bytes: what root may ask for, and anybody (fs.pipe-max-size)
+IOV_MAX: Final = 1_024  # vectors one call takes
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -56,14 +57,14 @@ class PagePipe:
         Offers what the pipe can refer to, of frames only whole ones: a header is a vector of 9 bytes. Accepted None: would
         block. Raises OSError of vmsplice (EFAULT: not all of the first frame is there) or splice; nothing is left in the pipe.
         """
-        vector_count = len(vectors) // 2
+        vector_count = min(len(vectors) // 2, IOV_MAX)
         there: int = _libc.vmsplice(self._in, ctypes.c_void_p(vectors.buffer_info()[0]), vector_count, os.SPLICE_F_NONBLOCK)
         if there < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         left, accepted = there, None
         try:
-            offered = _whole_frames(vectors, there)
+            offered = _whole_frames(vectors[: 2 * vector_count], there)
             accepted = os.splice(self._out, fd, offered, flags=os.SPLICE_F_NONBLOCK | (os.SPLICE_F_MORE if more else 0))
             left -= accepted
         except BlockingIOError:
@@ -73,13 +74,20 @@ class PagePipe:
                 left -= os.splice(self._out, self._null, left)
         return offered, accepted
 
+    def close(self) -> None:
+        """Close it."""
+        for fd in (self._out, self._in, self._null):
+            os.close(fd)
+
 
 def _whole_frames(vectors: "array[int]", there: int) -> int:
     """Return how many of `there` bytes are whole frames, or the rest of one that has begun. Raises OSError(EFAULT)."""
     lengths = vectors[1::2]
     total = begun = 0  # `begun` is where the last frame does
+    is_header = False
     for length in lengths:
-        if length == FRAME_HEADER:
+        is_header = length == FRAME_HEADER and not is_header  # a payload may have 9 bytes too
+        if is_header:
             begun = total
         if total + length > there:
             break
@@ -95,10 +103,16 @@ def open_pipe() -> PagePipe | None:
     """Return a pipe, None where there can be none: a filter (seccomp) forbids it, or the user has too many."""
     try:
         pipe = PagePipe()
+    except OSError:
+        return None
+    try:
         _, taken = pipe.send(pipe._null, array("Q", (address_of_bytes(b"probe"), 5)), more=False)
     except (OSError, AttributeError):
-        return None
-    return pipe if taken == 5 else None
+        taken = None
+    if taken == 5:
+        return pipe
+    pipe.close()
+    return None
 
 
 LOST: Final = frozenset((errno.EFAULT, errno.ENOMEM))  # what vmsplice says when pages can't be had

@@ -15,7 +15,7 @@ from ktlsd import uapi
 from ktlsd.errors import FileCold, FileTruncated, HandoverError, PeerError, PeerTruncated
 from ktlsd.net.gather import check_warm, gather
 from ktlsd.net.hot import Runs, buffers_of, headers_of, hot_runs, leave_out, vectors_of
-from ktlsd.net.kernel import Buffer, Kernel
+from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.net.tx_plain import SENDFILE_MAX, PlainTx
 from ktlsd.net.tx_userspace import Scratch
 from ktlsd.slices import FileSlice, Framed, OpenFile, Outgoing
@@ -105,7 +105,10 @@ class KernelTx(PlainTx):
         if framing is Framing.SENDFILE:
             return self._frames_by_sendfile(segments)
         if framing is not Framing.COPY and not self._owes_key_update:
-            runs = hot_runs(segments, self._scratch.mappings, max(self._burst, _HOT_MIN))
+            lead = _leading_bytes(segments)
+            runs = hot_runs(segments[len(lead) :], self._scratch.mappings, max(self._burst, _HOT_MIN))
+            if runs and lead:
+                return self._offer(lead[:IOV_MAX])  # these are copied, and the frames come with the next call
             if runs:
                 try:
                     return self._frames_by_splice(runs) if framing is Framing.SPLICED else self._offer(buffers_of(runs))
@@ -120,8 +123,6 @@ class KernelTx(PlainTx):
     def _frames_by_splice(self, runs: Runs) -> int | None:
         """Refer to headers and mapped pages in a pipe, and have them go from there."""
         vectors = vectors_of(runs)
-        # Headers are read when their record is encrypted, which may be after this call: with the next one, or by hardware.
-        self._pinned.extend(headers_of(runs))
         accepted = 0
         while vectors:
             try:
@@ -141,6 +142,9 @@ class KernelTx(PlainTx):
             leave_out(vectors, sent)
         else:
             self._burst = min(self._burst * 2, _BURST_MAX)
+        if accepted:
+            # Headers are read when their record is encrypted, which may be after this call: with the next one, or by hardware.
+            self._pinned.extend(headers_of(runs))
         return accepted or None
 
     def _offer(self, buffers: list[Buffer]) -> int | None:
@@ -245,7 +249,8 @@ class KernelTx(PlainTx):
 
     def notify_close(self) -> bool:
         """Send close_notify; True once the kernel has it."""
-        assert not self._record_open, "a response must be complete, or the connection aborted"
+        if self._record_open:  # HTTP/2: the stream whose frames were to follow has been reset
+            raise PeerTruncated("the connection ended in the middle of a record")
         if not self._notified:
             if not self._kernel.send_control(self._sock, records.ALERT, records.CLOSE_NOTIFY_ALERT):
                 return False
@@ -272,6 +277,15 @@ class KernelTx(PlainTx):
         told = bool(self._kernel.send_control(self._sock, records.ALERT, alert))
         self._payload += len(alert) if told else 0
         return told
+
+
+def _leading_bytes(segments: Sequence[Outgoing]) -> list[Buffer]:
+    lead: list[Buffer] = []
+    for segment in segments:
+        if not isinstance(segment, bytes | memoryview):
+            break
+        lead.append(segment)
+    return lead
 
 
 def _pieces(segments: Sequence[Outgoing]) -> Iterator[tuple[bytes | memoryview | tuple[int, int], OpenFile | None]]:

@@ -38,7 +38,7 @@ class Budgets:
     """The allowances of one connection.
 
     `resets`: streams that end in RST_STREAM through the peer's doing, its own or ours (CVE-2023-44487, CVE-2025-8671).
-    `control`: PING, SETTINGS, PRIORITY, PRIORITY_UPDATE, RST_STREAM again, unknown and empty frames. `windows`: WINDOW_UPDATE.
+    `control`: PING, SETTINGS, PRIORITY, PRIORITY_UPDATE, RST_STREAM again, unknown frames, tiny DATA. `windows`: WINDOW_UPDATE.
     `slivers`: DATA frames that the peer's window made shorter than 256 bytes. CONTINUATION has no bucket: a header block may
     have 16 frames.
     """
@@ -46,7 +46,7 @@ class Budgets:
     __slots__ = ("control", "resets", "slivers", "windows")
 
     def __init__(self) -> None:
-        self.resets = Allowance(100, 10)
+        self.resets = Allowance(256, 20)  # twice as many as there can be at a time
         self.control = Allowance(1_000, 50)
         self.windows = Allowance(2_000, 200)
         self.slivers = Allowance(1_000, 10)
@@ -55,3 +55,10 @@ class Budgets:
         """DATA went out: a client may well say two WINDOW_UPDATEs to each frame and each KiB, and measure by PING."""
         self.windows.earn(2 * frames + payload / 1_024)
         self.control.earn(payload / 16_384)
+
+    def responded(self, count: int) -> None:
+        """So many responses are whole: honest work, each of which may come with a PING and a cancelled one."""
+        if count:
+            self.resets.earn(count)
+            self.control.earn(count)
+            self.windows.earn(2 * count)

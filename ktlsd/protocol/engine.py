@@ -12,7 +12,7 @@ from h2.connection import ConnectionInputs, ConnectionState, H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import DenialOfServiceError, FlowControlError, FrameTooLargeError, ProtocolError
 from h2.settings import SettingCodes, Settings
-from h2.stream import H2Stream, StreamInputs, StreamState
+from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 
 from ktlsd.protocol.header_blocks import HeaderList, decode_block
@@ -20,7 +20,7 @@ from ktlsd.protocol.header_blocks import HeaderList, decode_block
 MAX_STREAMS: Final = 128  # requests at a time; more are refused, each by itself (RFC 9113 §5.1.2)
 MAX_HEADER_LIST: Final = 32_768  # bytes as RFC 9113 §6.5.2 counts them; more is 431
 _HARD_HEADER_LIST: Final = 65_536  # more ends the connection: it is not even decoded
-_NO_RFC7540_PRIORITIES: Final = 9  # RFC 9218 §2.1
+NO_RFC7540_PRIORITIES: Final = 9  # RFC 9218 §2.1
 
 DATA: Final = 0x0
 HEADERS: Final = 0x1
@@ -42,6 +42,12 @@ HAS_PRIORITY: Final = 0x20
 def frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
     """Return the 9 bytes in front of a frame's payload (RFC 9113 §4.1)."""
     return (length << 48 | kind << 40 | flags << 32 | stream_id).to_bytes(9, "big")
+
+
+def goaway(last: int, code: ErrorCodes, why: str = "") -> bytes:
+    """Return a GOAWAY frame; `why` is for whoever looks for the reason."""
+    payload = last.to_bytes(4, "big") + int(code).to_bytes(4, "big") + why.encode("ascii", "replace")[:200]
+    return frame_header(len(payload), GOAWAY, 0, 0) + payload
 
 
 class Engine(H2Connection):
@@ -66,7 +72,7 @@ class Engine(H2Connection):
             initial_values={
                 SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
                 SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST,
-                cast(SettingCodes, _NO_RFC7540_PRIORITIES): 1,
+                cast(SettingCodes, NO_RFC7540_PRIORITIES): 1,
             },
         )
         self.decoder.max_header_list_size = _HARD_HEADER_LIST
@@ -86,6 +92,18 @@ class Engine(H2Connection):
     def window(self, stream_id: int) -> int:
         """How many bytes of payload may be sent on a stream now; less than none after SETTINGS made it smaller."""
         return min(self.outbound_flow_control_window, self.streams[stream_id].outbound_flow_control_window)
+
+    def was_reset_by_us(self, stream_id: int) -> bool:
+        """Whether we have reset this stream, not so long ago: what was on its way is to be ignored."""
+        return self._closed_streams.get(stream_id) is StreamClosedBy.SEND_RST_STREAM
+
+    def ignore_data(self, length: int) -> None:
+        """Account for `length` bytes of DATA on such a stream; h2 would answer each frame with another RST_STREAM."""
+        windows = self._inbound_flow_control_window_manager
+        windows.window_consumed(length)
+        increment = windows.process_bytes(length)
+        if increment:
+            self._data_to_send += frame_header(4, WINDOW_UPDATE, 0, 0) + increment.to_bytes(4, "big")
 
     # --- the three ways round --------------------------------------------------------------------------------------
 

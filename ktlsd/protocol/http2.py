@@ -14,16 +14,18 @@ from h2.exceptions import ProtocolError
 from ktlsd.errors import Http2Error, RequestError
 from ktlsd.protocol import engine as wire
 from ktlsd.protocol.bodies import MAX_BODY
-from ktlsd.protocol.budgets import Budgets
+from ktlsd.protocol.budgets import Allowance, Budgets
 from ktlsd.protocol.engine import Engine, error_code, frame_header
 from ktlsd.protocol.header_blocks import FORGET_TABLE, HeaderList, block_of
 from ktlsd.protocol.http2_fields import MalformedRequest, request_line, request_of
 from ktlsd.protocol.http2_input import LAST_STREAM, PREFACE, Frame, Input
-from ktlsd.protocol.http2_output import Output, Stream
+from ktlsd.protocol.http2_output import Output
+from ktlsd.protocol.http2_stream import Stream
 from ktlsd.protocol.messages import Ended, Refused, Request, Response
-from ktlsd.protocol.priorities import UNSAID, Priority, parse_priority
+from ktlsd.protocol.priorities import UNSAID, Priority, parse_priority, parse_update
 from ktlsd.slices import Outgoing
 
+_SMALL: Final = 1_024  # bytes; shorter frames that nobody wants have to be paid for
 _MAX_QUEUED: Final = 65_536  # bytes of answers the client has not taken; above it no more input is wanted
 _MAX_DISCARDED: Final = 262_144  # bytes taken after an error and thrown away
 _SETTINGS_TIMEOUT: Final = 20.0  # seconds
@@ -67,8 +69,7 @@ class Http2Connection:
     @property
     def owes_work(self) -> bool:
         """Whether all that is owed waits for something of ours, not for the client."""
-        streams = self._output.streams
-        return bool(streams) and not self._output.queued and all(stream.waits_for_us for stream in streams.values())
+        return self._output.owes_work
 
     @property
     def progress(self) -> int:
@@ -111,6 +112,8 @@ class Http2Connection:
 
     def receive(self, data: bytes, now: float = 0.0) -> list[Request | Refused]:
         """Take input, return the requests that are whole; `now` is monotonic seconds, for the budgets."""
+        if not data:
+            return []
         self._now = now
         if not self._acknowledge_by:
             self._acknowledge_by = now + _SETTINGS_TIMEOUT
@@ -150,6 +153,9 @@ class Http2Connection:
             elif kind == wire.PRIORITY_UPDATE:
                 self._priority_update(raw, stream_id)
                 return
+            elif kind == wire.DATA and self._engine.was_reset_by_us(stream_id):
+                self._late_data(len(raw) - 9)
+                return
             elif kind == wire.RST_STREAM and stream_id > self._engine.highest_inbound_stream_id:
                 raise Http2Error("PROTOCOL_ERROR", "RST_STREAM on an idle stream")
         for event in self._engine.receive_data(raw):
@@ -180,9 +186,16 @@ class Http2Connection:
         if said and self.fault is None:
             self._output.control(said)
 
-    def _pay_for_reset(self) -> None:
-        if self.fault is None and not self._budgets.resets.spend(self._now):
+    def _pay_for_reset(self, bucket: Allowance | None = None) -> None:
+        if self.fault is None and not (bucket or self._budgets.resets).spend(self._now):
             self._end(Http2Error("ENHANCE_YOUR_CALM", "flood of reset streams"))
+
+    def _late_data(self, length: int) -> None:
+        """Content that was on its way when we reset its stream (RFC 9113 §5.1): it counts for the connection's window only."""
+        if length < _SMALL and not self._budgets.control.spend(self._now):
+            raise Http2Error("ENHANCE_YOUR_CALM", "flood of DATA on closed streams")
+        self._engine.ignore_data(length)
+        self._output.control(self._engine.data_to_send())
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -191,18 +204,20 @@ class Http2Connection:
         priority = self._early.pop(stream_id, None)
         if len(output.streams) >= wire.MAX_STREAMS or self._last_told:
             self._reset(stream_id, ErrorCodes.REFUSED_STREAM)
-            self._pay_for_reset()
+            self._pay_for_reset(self._budgets.control if self._last_told else self._budgets.resets)
             return
         self._left -= 1
         if self._left <= 0:
             self.drain()
+            if self._left <= -wire.MAX_STREAMS:
+                self._tell_last()  # it doesn't answer our PING
         stream = Stream(stream_id, self._engine.streams[stream_id])
         stream.request_open = not end_stream
+        stream.head_only = (b":method", b"HEAD") in headers
         output.add(stream)
         found: Request | Refused
         try:
             found, length = request_of(headers, stream_id)
-            stream.head_only = found.method == "HEAD"
             stream.body_left = length
             if end_stream and length:
                 raise MalformedRequest("content-length without content")
@@ -231,7 +246,7 @@ class Http2Connection:
         if stream is None:
             return
         count = len(event.data or b"")
-        stream.body_dropped += count
+        stream.body_dropped += event.flow_controlled_length
         if stream.body_left is not None:
             stream.body_left -= count
             if stream.body_left < 0 or (event.stream_ended is not None and stream.body_left):
@@ -266,22 +281,12 @@ class Http2Connection:
         self._output.control(self._engine.data_to_send())
         self._engine.forget(stream_id)
 
-    def _acknowledged(self, _: events.SettingsAcknowledged) -> None:
-        self._acknowledge_by = float("inf")
-
     def _pong(self, event: events.PingAckReceived) -> None:
         if event.ping_data == _OUR_PING and self._draining:
             self._tell_last()
 
     def _priority_update(self, frame: bytes, stream_id: int) -> None:
-        """RFC 9218 §7.1."""
-        if stream_id or len(frame) < 9 + 4:
-            code = "PROTOCOL_ERROR" if stream_id else "FRAME_SIZE_ERROR"
-            raise Http2Error(code, "PRIORITY_UPDATE on a stream, or cut short")
-        about = int.from_bytes(frame[9:13], "big") & LAST_STREAM
-        if about % 2 == 0:
-            raise Http2Error("PROTOCOL_ERROR", "PRIORITY_UPDATE about no request")
-        priority = parse_priority(frame[13:])
+        about, priority = parse_update(frame, stream_id)
         stream = self._output.streams.get(about)
         if stream is not None:
             stream.priority = priority
@@ -296,17 +301,12 @@ class Http2Connection:
             self.fault = error
             self._input.clear()
             self._output.abort_all()
-            self._output.control(self._goaway(self._engine.highest_inbound_stream_id, ErrorCodes[error.code], str(error)))
-
-    def _goaway(self, last: int, code: ErrorCodes, why: str = "") -> bytes:
-        debug = why.encode("ascii", "replace")[:200]
-        payload = last.to_bytes(4, "big") + int(code).to_bytes(4, "big") + debug
-        return frame_header(len(payload), wire.GOAWAY, 0, 0) + payload
+            self._output.control(wire.goaway(self._engine.highest_inbound_stream_id, ErrorCodes[error.code], str(error)))
 
     def _tell_last(self) -> None:
         if not self._last_told and self.fault is None:
             self._draining = self._last_told = True
-            self._output.control(self._goaway(self._engine.highest_inbound_stream_id, ErrorCodes.NO_ERROR))
+            self._output.control(wire.goaway(self._engine.highest_inbound_stream_id, ErrorCodes.NO_ERROR))
 
     def give_up(self, error: RequestError) -> list[Request | Refused]:
         """Something has begun and did not go on in time: nobody can be answered, the connection ends."""
@@ -324,12 +324,13 @@ class Http2Connection:
         """Answer what has been asked, and what is on its way while the client doesn't know; then close (RFC 9113 §6.8)."""
         if not self._draining and self.fault is None:
             self._draining = True
+            self._left = min(self._left, 0)
             ping = frame_header(8, wire.PING, 0, 0) + _OUR_PING
-            self._output.control(self._goaway(LAST_STREAM, ErrorCodes.NO_ERROR) + ping)
+            self._output.control(wire.goaway(LAST_STREAM, ErrorCodes.NO_ERROR) + ping)
 
     def abandon(self) -> list[Ended]:
-        """Let go of all unfinished responses and return them."""
-        self._output.abort_all()
+        """Let go of all unfinished responses and return them; nothing is sent any more."""
+        self._output.clear()
         return self._output.take_ended()
 
     # --- responses -------------------------------------------------------------------------------------------------
@@ -367,7 +368,9 @@ class Http2Connection:
             budgets.sent(payload, frames)
             if slivers and not budgets.slivers.spend(self._now, slivers):
                 self._end(Http2Error("ENHANCE_YOUR_CALM", "windows too small for more than slivers"))
-        return output.take_ended()
+        ended = output.take_ended()
+        budgets.responded(sum(each.complete for each in ended))
+        return ended
 
     def hold(self) -> int:
         """The file that stands first in the output has to be read first: leave its stream out until `release`; return it."""
@@ -392,6 +395,6 @@ _HANDLERS: Final[dict[type, Callable[[Http2Connection, Any], None]]] = {
     events.DataReceived: Http2Connection._data,
     events.TrailersReceived: Http2Connection._trailers,
     events.StreamReset: Http2Connection._stream_reset,
-    events.SettingsAcknowledged: Http2Connection._acknowledged,
+    events.SettingsAcknowledged: lambda self, _: setattr(self, "_acknowledge_by", float("inf")),
     events.PingAckReceived: Http2Connection._pong,
 }

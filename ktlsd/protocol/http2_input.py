@@ -12,8 +12,9 @@ MAX_FRAME: Final = 16_384  # bytes of payload: what we allow a client to send, t
 LAST_STREAM: Final = (1 << 31) - 1
 _MAX_BLOCK: Final = 65_536  # bytes of HEADERS and CONTINUATION together
 _MAX_CONTINUATIONS: Final = 16
+_SLIVER: Final = 256  # bytes; DATA below it is paid for like a frame that says nothing
 _NAMES: Final = {
-    wire.DATA: "empty DATA",
+    wire.DATA: "tiny DATA",
     wire.PRIORITY: "PRIORITY",
     wire.RST_STREAM: "RST_STREAM",
     wire.SETTINGS: "SETTINGS",
@@ -88,7 +89,9 @@ class Input:
 
     def _admit(self, frame: Frame, length: int, now: float) -> None:
         """Raise Http2Error for a frame that has no place here, or can't be paid for."""
-        _, kind, flags, _ = frame
+        raw, kind, flags, _ = frame
+        if kind == wire.SETTINGS:
+            self._check_settings(raw, flags)
         if kind == wire.HEADERS and self.settled:
             if not flags & wire.END_HEADERS:
                 self._block_left, self._continuations = _MAX_BLOCK - length, 0
@@ -97,12 +100,18 @@ class Input:
             if kind != wire.SETTINGS or flags & wire.ACK:
                 raise Http2Error("PROTOCOL_ERROR", "the first frame is not SETTINGS")
             self.settled = True
-        elif kind == wire.SETTINGS and flags & wire.ACK and length:
-            raise Http2Error("FRAME_SIZE_ERROR", "an acknowledgement of SETTINGS says something")
         elif kind == wire.CONTINUATION:
             self._continue(flags, length)
-        elif kind != wire.DATA or (length == 0 and not flags & wire.END_STREAM):
+        elif kind != wire.DATA or (length < _SLIVER and not flags & wire.END_STREAM):
             self._pay(kind, now)
+
+    def _check_settings(self, raw: bytes, flags: int) -> None:
+        """What h2 doesn't ask (RFC 9113 §6.5, RFC 9218 §2.1)."""
+        if flags & wire.ACK and len(raw) > 9:
+            raise Http2Error("FRAME_SIZE_ERROR", "an acknowledgement of SETTINGS says something")
+        for at in range(9, len(raw) - 5, 6):
+            if int.from_bytes(raw[at : at + 2], "big") == wire.NO_RFC7540_PRIORITIES and raw[at + 2 : at + 6] > b"\0\0\0\1":
+                raise Http2Error("PROTOCOL_ERROR", "SETTINGS_NO_RFC7540_PRIORITIES is 0 or 1")
 
     def _continue(self, flags: int, length: int) -> None:
         """Bound what a header block may be before it is whole (CVE-2024-27316)."""

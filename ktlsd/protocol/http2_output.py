@@ -9,78 +9,16 @@ from collections import deque
 from typing import Final
 
 from h2.errors import ErrorCodes
-from h2.stream import H2Stream
 
 from ktlsd.protocol.engine import DATA, END_STREAM, Engine, frame_header
+from ktlsd.protocol.http2_stream import Stream
 from ktlsd.protocol.messages import Ended, Response
-from ktlsd.protocol.messages import Stream as Source
-from ktlsd.protocol.priorities import UNSAID, Priority
 from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, OpenFile, Outgoing
 
 _PLAN: Final = 4 << 20  # bytes planned at a time: what is planned and not accepted is planned again
 _SHARE: Final = 65_536  # bytes at least that one stream sends before the next of the same urgency has its turn
 _LARGEST_FRAME: Final = 262_144  # bytes; nothing else goes while a frame does
 _SLIVER: Final = 256  # bytes; shorter frames, for want of a window, are counted
-
-
-class Stream:
-    """One request and its response."""
-
-    __slots__ = (
-        "body",
-        "body_dropped",
-        "body_left",
-        "body_sent",
-        "h2",
-        "head_only",
-        "held",
-        "id",
-        "malformed",
-        "priority",
-        "request_open",
-        "responded",
-        "seen_at",
-        "seen_sent",
-        "served",
-        "source",
-        "source_idle",
-        "status",
-    )
-
-    def __init__(self, stream_id: int, h2: H2Stream) -> None:
-        self.id = stream_id
-        self.h2 = h2
-        self.priority: Priority = UNSAID
-        self.head_only = False
-        self.malformed = False
-        self.request_open = False  # the client may still send content
-        self.body_left: int | None = None  # bytes of it announced and not come
-        self.body_dropped = 0
-        self.responded = False
-        self.status = 0
-        self.body: deque[bytes | memoryview | FileSlice] = deque()
-        self.source: Source | None = None
-        self.source_idle = False  # it had nothing when last asked
-        self.held = False  # its file is being read into memory
-        self.body_sent = 0
-        self.seen_sent = -1  # bytes of the body, when it was last looked at whether it moves
-        self.seen_at = 0.0
-        self.served = 0  # bytes, counted from where the least served stream stood when this one came
-
-    @property
-    def waits_for_us(self) -> bool:
-        """Whether it is not the client that it waits for."""
-        return not self.responded or self.held or self.source_idle
-
-    def close(self) -> None:
-        """Let go of what is left of the response."""
-        for segment in self.body:
-            if isinstance(segment, FileSlice):
-                segment.close()
-        self.body.clear()
-        if self.source is not None:
-            self.source.close()
-            self.source = None
 
 
 class _Unit:
@@ -107,14 +45,15 @@ class Output:
         self._ended: list[Ended] = []
         self.streams: dict[int, Stream] = {}
         self.queued = 0  # bytes that are committed and not gone
-        self._blocked = False  # by a frame whose file is being read
+        self._blocked = 0  # the stream whose frame has begun and whose file is being read
+        self._level = 0  # bytes: how much the stream had been served whose turn it was last
         self.progress = 0
 
     # --- streams ---------------------------------------------------------------------------------------------------
 
     def add(self, stream: Stream) -> None:
         """A request has come."""
-        stream.served = min((other.served for other in self.streams.values()), default=0)
+        stream.served = self._level
         self.streams[stream.id] = stream
 
     def respond(self, stream: Stream, response: Response, block: bytes) -> None:
@@ -157,6 +96,15 @@ class Output:
         for stream_id in list(self.streams):
             self.abort(stream_id)
 
+    def clear(self) -> None:
+        """Forget everything: nothing is going to be sent any more."""
+        self.abort_all()
+        for unit in self._queue:
+            if unit.file is not None:
+                unit.file.release()
+        self._queue.clear()
+        self.queued = 0
+
     def take_ended(self) -> list[Ended]:
         """Return the responses that have ended since the last call."""
         ended, self._ended = self._ended, []
@@ -165,18 +113,36 @@ class Output:
     @property
     def working(self) -> bool:
         """Whether a body is being made and there is nothing of it yet."""
-        return any(stream.source_idle and self._engine.window(stream.id) > 0 for stream in self.streams.values())
+        return any(stream.source_idle and self._window(stream) > 0 for stream in self.streams.values())
 
     @property
     def can_go_on(self) -> bool:
         """Whether anything can be sent without another word from the client."""
-        return any(stream.waits_for_us or self._engine.window(stream.id) > 0 for stream in self.streams.values())
+        return any(self.waits_for_us(stream) or self._window(stream) > 0 for stream in self.streams.values())
+
+    @property
+    def owes_work(self) -> bool:
+        """Whether nothing can be sent before something of ours is done: a body made, a file read, an answer found."""
+        if self._blocked:
+            return True
+        streams = self.streams.values()
+        if self.queued or any(not self.waits_for_us(stream) and self._window(stream) > 0 for stream in streams):
+            return False
+        return any(self.waits_for_us(stream) for stream in streams)
+
+    def waits_for_us(self, stream: Stream) -> bool:
+        """Whether it is not the client that a stream waits for."""
+        return not stream.responded or stream.held or (stream.source_idle and self._window(stream) > 0)
+
+    def _window(self, stream: Stream) -> int:
+        return min(self._engine.outbound_flow_control_window, stream.h2.outbound_flow_control_window)
 
     def stalled(self, now: float, timeout: float) -> list[Stream]:
         """Return the streams whose client has given them no window for so long, though the connection has one."""
         found = []
         for stream in self.streams.values():
-            if stream.seen_sent != stream.body_sent or stream.waits_for_us or stream.h2.outbound_flow_control_window > 0:
+            moves = stream.seen_sent != stream.body_sent or stream.h2.outbound_flow_control_window > 0
+            if moves or self.waits_for_us(stream):
                 stream.seen_sent, stream.seen_at = stream.body_sent, now
             elif now - stream.seen_at > timeout and self._engine.outbound_flow_control_window > 0:
                 found.append(stream)
@@ -193,13 +159,15 @@ class Output:
             stream.held = True
             self._plan.clear()
             return stream.id
-        self._blocked = True
-        assert self._queue[0].stream is not None
-        return self._queue[0].stream.id
+        stream = self._queue[0].stream
+        assert stream is not None
+        self._blocked = stream.id
+        return stream.id
 
     def release(self, stream_id: int) -> None:
         """Its file has been read into memory."""
-        self._blocked = False
+        if self._blocked == stream_id:
+            self._blocked = 0
         stream = self.streams.get(stream_id)
         if stream is not None:
             stream.held = False
@@ -222,7 +190,7 @@ class Output:
             ready.sort(key=_turn)
         window = self._engine.outbound_flow_control_window
         for stream in ready:
-            if budget <= 0 or window <= 0:
+            if budget <= 0:
                 break
             room = min(window, stream.h2.outbound_flow_control_window)
             planned = self._plan_stream(stream, min(share, budget) if stream.priority.incremental else budget, room)
@@ -231,14 +199,17 @@ class Output:
 
     def _plan_stream(self, stream: Stream, share: int, window: int) -> int:
         """Plan DATA of one stream, about `share` bytes; return how much payload."""
-        if window <= 0:
-            return 0
         if stream.source is not None and not stream.body:
             self._pull(stream)
             if not stream.body:
-                if stream.source is None:  # the end came without a last piece
+                if stream.source is None:  # the end came without a last piece, and needs no window
                     self._plan_unit(frame_header(0, DATA, END_STREAM, stream.id), stream, 0, end=True, sliver=False)
                 return 0
+        if window <= 0:
+            stream.paused = True
+            return 0
+        if stream.paused:  # what it could not have it does not get back: the others were not to blame
+            stream.paused, stream.served = False, max(stream.served, self._level)
         largest = min(self._engine.max_outbound_frame_size, _LARGEST_FRAME)
         planned = 0
         last = len(stream.body) - 1
@@ -297,8 +268,8 @@ class Output:
 
     def sent(self, count: int) -> tuple[int, int, int]:
         """Account for bytes from the front of `next`; return payload bytes, frames and slivers among what was planned."""
-        queue = self._queue
-        while queue and count:
+        queue, over = self._queue, []
+        for _ in range(len(queue)):  # what ends here may queue more, which was not offered
             unit = queue[0]
             size = len(unit.segment)
             self.queued -= min(count, size)
@@ -307,7 +278,8 @@ class Output:
                 count = 0
                 break
             count -= size
-            queue.popleft()
+            over.append(queue.popleft())
+        for unit in over:
             self._over(unit)
         payload = frames = slivers = 0
         plan, self._plan = self._plan, []
@@ -337,6 +309,7 @@ class Output:
             charged = min(frames * segment.step, segment.length)
             unit.end = unit.end and charged == unit.payload
         self._engine.charge_data(stream.id, charged, largest=largest, end_stream=unit.end)
+        self._level = max(self._level, stream.served)
         stream.served += charged
         stream.body_sent += charged
         self.progress += charged + 1

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from ktlsd.errors import Http2Error
+
 # A dictionary of structured fields (RFC 9651 §3.2) as far as the two known members go; others, and parameters, are passed over.
 _URGENCY: Final = re.compile(rb"(?:^|,)[ \t]*u=([0-7])(?![0-9.])[^,]*")
 _INCREMENTAL: Final = re.compile(rb"(?:^|,)[ \t]*i(?:=\?([01]))?[ \t]*(?:;[^,]*)?(?=,|$)")
@@ -26,3 +28,14 @@ def parse_priority(value: bytes) -> Priority:
     urgency = _URGENCY.findall(value)
     incremental = _INCREMENTAL.findall(value)
     return Priority(int(urgency[-1]) if urgency else 3, bool(incremental) and incremental[-1] != b"0")
+
+
+def parse_update(frame: bytes, stream_id: int) -> tuple[int, Priority]:
+    """Return which request a PRIORITY_UPDATE is about, and what it says (RFC 9218 §7.1). Raises Http2Error."""
+    if stream_id or len(frame) < 9 + 4:
+        code = "PROTOCOL_ERROR" if stream_id else "FRAME_SIZE_ERROR"
+        raise Http2Error(code, "PRIORITY_UPDATE on a stream, or cut short")
+    about = int.from_bytes(frame[9:13], "big") & (1 << 31) - 1
+    if about % 2 == 0:
+        raise Http2Error("PROTOCOL_ERROR", "PRIORITY_UPDATE about no request")
+    return about, parse_priority(frame[13:])

@@ -20,6 +20,7 @@ from ktlsd.errors import (
 )
 from ktlsd.net.plain import Mode, PlainChannel
 from ktlsd.net.poller import Event
+from ktlsd.protocol.budgets import Allowance
 from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.http1_syntax import plain_answer
 from ktlsd.protocol.http2 import Http2Connection
@@ -84,7 +85,7 @@ class Connection:
         "_fd",
         "_http",
         "_jobs",
-        "_key_update_tokens",
+        "_key_updates",
         "_key_updates_seen",
         "_ledger",
         "_progress",
@@ -106,7 +107,7 @@ class Connection:
         self._fd = channel.fileno()
         self._faulted = False
         self._progress = 0
-        self._key_update_tokens = (now, float(_KEY_UPDATES_PER_SECOND))
+        self._key_updates = Allowance(_KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
         self._key_updates_seen = 0
         self._close_tick = _CLOSE_TICK
         self._close_until = 0.0
@@ -163,6 +164,7 @@ class Connection:
         """Output, then input, until neither moves; True if the turn's budget ended it."""
         http, channel = self._http, self._channel
         spent = received = 0
+        blocked = False
         channel.try_flush()  # the end of a response may still be held there when HTTP has nothing more to send
         while True:
             while segments := http.next_output(_BUDGET):
@@ -177,6 +179,7 @@ class Connection:
                         raise
                     self._complain(error, "stream_ended")
                     continue
+                blocked = sent is None
                 if sent is None:
                     break
                 self._ledger.close(http.sent(sent), channel)
@@ -184,8 +187,10 @@ class Connection:
                     self._set_deadline(now)
                 spent += sent
                 if spent >= _BUDGET or http.working:
+                    self._take_input(now)  # and then the others
                     return True
-            if http.working:
+            if http.working and not blocked:
+                self._take_input(now)
                 self._set_deadline(now)
                 return True
             if ended := http.sent(0):  # without a last piece, or reset
@@ -280,16 +285,10 @@ class Connection:
             self.deadline = now + (limits.linger_timeout if self._http.leaving else limits.idle_timeout)
 
     def _check_key_updates(self, now: float) -> None:
-        """A token bucket: `_KEY_UPDATES_PER_SECOND` may come at once, and as many again with every second."""
-        seen = self._channel.facts.key_updates
-        if seen == self._key_updates_seen:
-            return
-        last, tokens = self._key_update_tokens
-        tokens = min(tokens + (now - last) * _KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
-        tokens -= seen - self._key_updates_seen
-        self._key_updates_seen = seen
-        self._key_update_tokens = (now, tokens)
-        if tokens < 0:
+        """`_KEY_UPDATES_PER_SECOND` may come at once, and as many again with every second."""
+        new = self._channel.facts.key_updates - self._key_updates_seen
+        self._key_updates_seen += new
+        if new and not self._key_updates.spend(now, new):
             error = UnexpectedMessage(f"more than {_KEY_UPDATES_PER_SECOND} KeyUpdates a second")
             self._channel.say_goodbye(error)
             raise error

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
 from ktlsd.errors import FileCold
@@ -10,6 +11,7 @@ from ktlsd.errors import FileCold
 _WINDOW: Final = 4 << 20  # bytes read into memory before a download goes on
 _AHEAD: Final = 8 << 20  # bytes behind them that the kernel is asked to read meanwhile
 _PIECE: Final = 1 << 20
+_numbers = count()  # no two reads are the same: each holds its file until it is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ def read_ahead(cold: FileCold) -> Later:
         return True
 
     def done(result: bool | None) -> None:
-        file.warm = end if result else -1  # if it can't be read, who sends it gets the error
+        file.warm_from, file.warm_to = offset, end
+        file.asks = file.asks and bool(result)  # if it can't be read, who sends it gets the error
         file.release()
 
-    return Later(b"read %d %d" % (id(file), offset), job, done, needed=True)
+    return Later(b"read %d" % next(_numbers), job, done, needed=True)

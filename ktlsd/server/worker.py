@@ -106,6 +106,7 @@ class Worker:
         self._draining = False
         self._threads = ThreadPoolExecutor(_THREADS, "ktlsd")
         self._readers = ThreadPoolExecutor(_READERS, "ktlsd-read")
+        self._reading = 0  # of those below, the jobs that are not counted
         self._waiting: dict[bytes, list[tuple[Connection, int]]] = {}  # for the job with this key
         self._jobs_done: deque[tuple[Later, bool | None]] = deque()  # and what came out, None if it failed
         self.waker = Waker()
@@ -216,7 +217,8 @@ class Worker:
         if waiting is not None:
             waiting.append((connection, stream_id))
             return
-        if len(self._waiting) >= _MAX_JOBS and not later.needed:
+        self._reading += later.needed
+        if len(self._waiting) - self._reading >= _MAX_JOBS and not later.needed:
             connection.resume(stream_id, now, refusal=RequestError(503, "The server is at its limit; try again in a moment."))
             self._poller.again(connection)
             return
@@ -241,6 +243,7 @@ class Worker:
             later, result = self._jobs_done.popleft()
             refusal = None
             waiting = self._waiting.pop(later.key)
+            self._reading -= later.needed
             if result is None and not later.needed:
                 refusal = RequestError(500, "Something is wrong with the server, not with the request.")
             else:

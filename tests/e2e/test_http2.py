@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from ktlsd.net.tx_kernel import Framing
+from ktlsd.server.connection import Connection
 from ktlsd.settings import Limits
 from tests.client import Client, context, wait_until
 from tests.e2e.modes import MODES, kernel_of
@@ -397,6 +398,45 @@ def test_resumption_and_key_updates_work_as_in_http1(serve, mode):
         assert client.fetch("/big").body == CONTENT
         if hasattr(client.tls.ssl, "key_update"):
             client.tls.ssl.key_update(number % 2)
+    client.close()
+
+
+def test_clients_that_leave_leave_nothing_behind(root, server):
+    """In the middle of a frame, of a listing that has no window, of a read."""
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(10):
+        client = Http2Client(server.port, window=1 << 20, receive_buffer=4_096, auto=False)
+        client.ask("/big")
+        client.ask("/")
+        client.read(1_000 * number + 1)
+        client.close()
+    wait_until(lambda: not server.worker._connections)
+    client = Http2Client(server.port)
+    assert client.fetch("/").status == 200
+    client.close()
+    wait_until(lambda: not server.worker._connections)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_client_that_does_not_read_costs_no_turns(root, server, monkeypatch):
+    """A listing in the making, and a file that is more urgent and fills the socket."""
+    for number in range(700):
+        (root / "dir" / f"f{number:04}").touch()
+    os.unlink(root / "dir/index.html")
+    with (root / "huge").open("wb") as file:
+        file.truncate(64 << 20)
+    client = Http2Client(server.port, window=1 << 30, connection_window=1 << 30, receive_buffer=4_096, auto=False)
+    client.ask("/dir/", range="bytes=0-5")
+    client.ask("/huge", priority="u=0")
+    wait_until(lambda: server.metrics.counters["requests"] == 2)
+    turns = []
+    real = Connection.pump
+    monkeypatch.setattr(Connection, "pump", lambda *args: (turns.append(1), real(*args))[1])
+    other = Http2Client(server.port)
+    for _ in range(20):
+        other.fetch("/10k")
+    assert len(turns) < 400, "the worker spins"
+    other.close()
     client.close()
 
 

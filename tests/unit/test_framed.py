@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktlsd.errors import FileTruncated
+from ktlsd.errors import FileCold, FileTruncated
 from ktlsd.net.gather import gather
 from ktlsd.slices import FileSlice, Framed, OpenFile
 from tests.h2peer import wire
@@ -106,6 +106,9 @@ def test_of_a_file_that_became_shorter_no_header_is_sent_without_its_payload(tmp
     run.advance(2 * 509 - gone)
     if gone == 0:
         assert bytes(gather([b"control", run], view)) == b"control"
+        with pytest.raises(FileCold):  # its size says that there is more
+            gather([run], view)
+        shrunk.asks = False
         with pytest.raises(FileTruncated):
             gather([run], view)
     os.truncate(path, 0)
@@ -120,3 +123,37 @@ def test_of_a_frame_that_has_begun_everything_there_is_is_sent(tmp_path):
     run = Framed(shrunk, 0, 500, step=500, header=HEADER, last_header=LAST)
     run.advance(4)
     assert bytes(gather([run, b"behind"], memoryview(bytearray(800)))) == (LAST + CONTENT[:300])[4:]
+
+
+@pytest.mark.parametrize("there", [0, 100, 508, 509, 1_100])
+def test_a_frame_that_is_partly_in_memory_waits_for_its_rest(tmp_path, monkeypatch, there):
+    """A short read of what is in memory is no truncation."""
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    file = OpenFile(os.open(path, os.O_RDONLY), SIZE, 0)
+    real = os.preadv
+
+    def preadv(fd, rooms, offset, flags=0):
+        if not flags:
+            return real(fd, rooms, offset)
+        left, cut = there - offset, []
+        if left <= 0:
+            raise BlockingIOError
+        for room in rooms:
+            cut.append(room[:left])
+            left -= len(cut[-1])
+        return real(fd, cut, offset)
+
+    monkeypatch.setattr("ktlsd.net.gather.os.preadv", preadv)
+    run = Framed(file, 0, 3_000, step=500, header=HEADER, last_header=LAST)
+    view, out = memoryview(bytearray(8_000)), b""
+    while len(run):
+        try:
+            got = bytes(gather([run], view))
+        except FileCold as cold:
+            assert cold.offset == run.offset
+            file.warm_from, file.warm_to = cold.offset, cold.offset + 1_000
+            continue
+        out += got
+        run.advance(len(got))
+    assert out == plain(0, 3_000, 500)

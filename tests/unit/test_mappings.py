@@ -41,6 +41,26 @@ def test_a_file_is_mapped_when_it_is_opened_again(path):
     mappings.close()
 
 
+def test_what_is_dropped_stays_until_nobody_can_be_using_it(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAPPED_MAX", len(CONTENT) + 1)
+    mappings = Mappings()
+    (tmp_path / "other").write_bytes(CONTENT)
+    for each in (path, tmp_path / "other"):
+        mappings.of(opened(each))
+    first, second = opened(path), opened(tmp_path / "other")
+    runs = hot_runs(
+        [Framed(file, 0, 9_000, step=5_000, header=b"h" * 9, last_header=b"l" * 9) for file in (first, second)],
+        mappings,
+        1 << 20,
+    )
+    assert len(runs) == 2
+    assert len(mappings) == 1
+    assert b"".join(buffers_of(runs)).count(CONTENT[:5_000]) == 2
+    runs.clear()
+    mappings.settle()
+    mappings.close()
+
+
 def test_what_is_small_or_unknown_is_not(tmp_path, path):
     mappings = Mappings()
     (tmp_path / "small").write_bytes(b"x" * (MAPPED_MIN - 1))
@@ -126,8 +146,9 @@ def test_pages_and_headers_go_as_they_are(tmp_path_factory, offset, length, step
     mappings.of(opened(path))
     run = Framed(opened(path), offset, length, step=step, header=b"h" * 9, last_header=b"l" * 9)
     run.advance(min(gone, len(run) - 1))
-    expected = before + wire([run])
-    runs = hot_runs([before, run], mappings, most)
+    expected = wire([run])
+    assert hot_runs([before, run], mappings, most) == []
+    runs = hot_runs([run, before], mappings, most)
     kept = list(headers_of(runs))
     assert kept
     buffers = b"".join(buffers_of(runs))
@@ -175,3 +196,14 @@ def test_pages_that_are_not_there_are_an_error_and_no_signal(path):
     with pytest.raises(OSError, match="Bad address"):
         pipe.send(pipe._null, array("Q", (mapped.address, 4_096)), more=False)
     mappings.close()
+
+
+def test_no_more_vectors_than_a_call_takes_and_no_header_without_its_payload(path):
+    pipe = open_pipe()
+    header, payload = b"h" * 9, b"p" * 9
+    vectors = array("Q", [address_of_bytes(header), 9, address_of_bytes(payload), 9] * 1_500)
+    offered, accepted = pipe.send(pipe._null, vectors, more=False)
+    assert offered == accepted
+    assert offered % 18 == 0
+    assert 0 < offered <= 1_024 * 9
+    pipe.close()
