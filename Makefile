@@ -17,7 +17,7 @@ help:
 	@echo "make serve [DIR=/path] [LISTEN=HOST:PORT]  serve a directory at https://localhost:8443"
 	@echo "make test                                  install what tests need and run all of them"
 	@echo "make lint                                  ruff and mypy"
-	@echo "make bench                                 CPU and system calls per GB; userspace mode against SSLSocket.sendall"
+	@echo "make bench                                 what a GB costs; against SSLSocket.sendall; HTTP/2 against HTTP/1.1 and nginx"
 
 serve: $(VENV)/.installed certs/localhost.pem $(if $(filter .sample,$(DIR)),.sample/SHA256SUMS)
 	@[ -d "$(DIR)" ] || { echo "make serve: DIR=$(DIR) is no directory" >&2; exit 2; }
@@ -36,6 +36,7 @@ lint: $(VENV)/.installed-lint
 bench: $(VENV)/.installed-test tools
 	$(BIN)/python tests/measure.py cost
 	$(BIN)/python tests/measure.py sendall
+	$(BIN)/python tests/measure.py http2
 
 clean:
 	rm -rf $(VENV) .sample .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,6 +1,7 @@
 """Everything that can go wrong, by who is at fault.
 
-Operator -> SettingsError, StartError. Kernel -> HandoverError. Peer -> PeerError. File -> FileTruncated.
+Operator -> SettingsError, StartError. Kernel -> HandoverError. Peer -> PeerError. File -> FileTruncated; FileCold is no error
+but a condition.
 Any other exception is a bug of ours. Messages say what happened, the value seen and the value wanted; they never
 hold secrets.
 """

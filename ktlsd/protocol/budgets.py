@@ -1,6 +1,6 @@
 """What a peer may ask of an HTTP/2 connection that costs it little and us much, and how much of it.
 
-Every kind is a token bucket: a burst at once, so much per second, and more for work that was really done. RFC 9113 §10.5.
+Every kind is a token bucket: a burst at once, so much per second, and, but for `slivers`, more for honest work. RFC 9113 §10.5.
 """
 
 from dataclasses import dataclass
