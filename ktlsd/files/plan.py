@@ -106,8 +106,13 @@ def plan_file(request: Request, shown: Representation, now: int, *, boundary: by
     return Response(206, [content_type, *headers], parts, length)
 
 
+_UNCONDITIONAL: Final = Conditions(None, None, None, None, None)
+
+
 def conditions(request: Request) -> Conditions:
     """Return the request's conditional fields."""
+    if not any(name[:3] == b"if-" for name, _ in request.headers):
+        return _UNCONDITIONAL
     return Conditions(
         request.header(b"if-match"),
         request.header(b"if-unmodified-since"),

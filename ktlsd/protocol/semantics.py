@@ -228,7 +228,15 @@ def parse_path(target: bytes) -> Path:
     Empty segments and "." are dropped as RFC 3986 §6.2.2 and every server do; ".." never leads up: it is refused, as are
     NUL, backslash, and slashes that were encoded.
     """
-    path, _, _ = target.partition(b"?")
+    path = target.partition(b"?")[0]
+    return _parse_path(path) if len(path) <= _SHORT_PATH else _parse_path.__wrapped__(path)
+
+
+_SHORT_PATH: Final = 512  # bytes; longer ones are not worth remembering
+
+
+@lru_cache(maxsize=2_048)
+def _parse_path(path: bytes) -> Path:
     segments = []
     for raw in path.split(b"/"):
         segment = _PERCENT.sub(_decode, raw) if b"%" in raw else raw

@@ -279,7 +279,8 @@ def _file(asked: _Asked, path: Path, file: OpenFile) -> Response:
             shown, sibling, where = _negotiated(request, site, shown, where)
         if site.digests is not None:
             shown = replace(shown, digest=site.digests.lookup(where, shown.file, time.monotonic()))
-        response = plan.plan_file(request, shown, int(asked.now), boundary=os.urandom(15).hex().encode())
+        boundary = os.urandom(15).hex().encode() if request.header(b"range") else b""
+        response = plan.plan_file(request, shown, int(asked.now), boundary=boundary)
     finally:
         file.release()  # the response's slices hold it from here on
         if sibling is not None:
