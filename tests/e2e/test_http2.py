@@ -350,11 +350,11 @@ def test_a_flood_leaves_the_others_served(root, caplog):
 
         def flood():
             while not stop.is_set():
-                client = Http2Client(server.port)
                 try:
+                    client = Http2Client(server.port)
                     for _ in range(400):
                         client.send(b"".join(raw(6, 0, 0, bytes(8)) for _ in range(100)))
-                except (ConnectionError, TimeoutError):
+                except OSError:  # cut, while talking or before
                     pass
                 ended.append(1)
                 client.close()
