@@ -99,6 +99,7 @@ class Mappings:
 
     def sweep(self, now: float) -> float | None:
         """Drop what has not been used for a while; return when to come again (monotonic seconds), None if nothing is left."""
+        self.settle()
         if not self._mapped:
             return None
         if now >= self._swept + _IDLE:

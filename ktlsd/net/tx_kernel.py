@@ -25,12 +25,10 @@ from ktlsd.tls.session import Session
 # Rekey in the middle of a body: a short sendfile that is taken whole closes the record, so that a KeyUpdate may follow.
 _CLOSING_PIECE: Final = 4_096
 _SEGMENT_MAX: Final = 65_536  # bytes; the largest a TCP segment can be
-
-
 _BURST_MIN: Final = 65_536  # bytes offered to the socket at a time: as it takes them
 _HOT_MIN: Final = 1 << 20  # the same for what needs no copy
 _BURST_MAX: Final = 8 << 20
-_PINNED: Final = 1_024  # headers; what TCP can hold at a time has fewer
+_PINNED: Final = 1_024  # headers that stay alive behind the last one that was accepted
 
 
 class Framing(enum.Enum):

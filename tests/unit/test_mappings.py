@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktlsd import uapi
 from ktlsd.net import mappings as module
 from ktlsd.net.hot import buffers_of, headers_of, hot_runs, leave_out, vectors_of
 from ktlsd.net.mappings import MAPPED_MIN, Mappings
 from ktlsd.net.pages import PagePipe, address_of_bytes, open_pipe
+from ktlsd.net.tx_kernel import Framing, KernelTx
+from ktlsd.net.tx_userspace import Scratch
 from ktlsd.slices import Framed, OpenFile
 from tests.h2peer import wire
 
@@ -111,6 +114,54 @@ def test_what_is_not_used_for_a_while_is_let_go_of(path):
     assert mappings.sweep(1_031.0) == 1_061.0
     assert mappings.sweep(1_062.0) is None
     assert len(mappings) == 0
+
+
+def test_what_was_dropped_is_unmapped_though_nothing_else_is_mapped(path):
+    mappings = Mappings()
+    mappings.of(opened(path))
+    old = mappings.of(opened(path))
+    path.write_bytes(CONTENT * 2)
+    mappings.of(opened(path))
+    assert len(mappings) == 0
+    assert not old.mapping.closed
+    assert mappings.sweep(1_000.0) is None
+    assert old.mapping.closed
+
+
+class Refusing:
+    """A kernel whose socket has no room."""
+
+    accepts = 0
+
+    def send_pages(self, sock, vectors, *, more):
+        return sum(vectors[1::2]), self.accepts or None
+
+    def unacknowledged(self, sock):
+        return 0
+
+
+def test_headers_that_were_lent_live_on_whatever_is_refused_afterwards(path):
+    """A record that is open refers to them until the next call that is accepted."""
+    scratch, kernel = Scratch(), Refusing()
+    info = uapi.CryptoInfo(
+        uapi.TLS_1_3_VERSION, uapi.TLS_CIPHER_AES_GCM_128, iv=bytes(8), key=bytes(16), salt=bytes(4), rec_seq=bytes(8)
+    )
+    tx = KernelTx(None, None, kernel, scratch, Framing.SPLICED, info=info, taken_before=0)
+    scratch.mappings.of(opened(path))
+    file = opened(path)
+    assert scratch.mappings.of(file)
+
+    def run(number):
+        header = number.to_bytes(9, "big")
+        return Framed(file, 0, 40_000, step=16_384, header=header, last_header=header)
+
+    kernel.accepts = 10_000
+    tx.send([run(1)])
+    kernel.accepts = 0
+    for number in range(2, 3_000):
+        assert tx.send([run(number)]) is None
+    assert set(tx._pinned) == {(1).to_bytes(9, "big")}
+    scratch.mappings.close()
 
 
 def through(pipe, vectors):

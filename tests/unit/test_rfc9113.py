@@ -109,6 +109,17 @@ def test_settings_that_are_not_acknowledged_in_time_end_the_connection():
     assert_connection_ends(peer, Code.SETTINGS_TIMEOUT)
 
 
+def test_nothing_ends_without_input_that_would_have_its_goaway_sent():
+    """The server asks again with b"" while part of a frame is there; a fault then would lie unsent."""
+    peer = RawPeer(never, begin=False)
+    peer.send(PREFACE + raw(SETTINGS, 0, 0) + raw(PING, 0, 0, bytes(8))[:5])
+    peer.now += 21
+    assert peer.http.receive(b"", peer.now) == []
+    assert peer.http.fault is None
+    peer.send(raw(PING, 0, 0, bytes(8))[5:])
+    assert_connection_ends(peer, Code.SETTINGS_TIMEOUT)
+
+
 def test_an_idle_connection_whose_settings_were_never_acknowledged_is_told_so():
     peer = RawPeer(never, begin=False)
     peer.send(PREFACE + raw(SETTINGS, 0, 0))
