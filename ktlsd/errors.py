@@ -59,6 +59,14 @@ class PeerError(KtlsdError):
         self.farewell = farewell
 
 
+class ProxyHeaderError(PeerError):
+    """A proxy that we trust to say who its client is said something that is no PROXY protocol header."""
+
+
+class TurnedAway(PeerError):
+    """A client has as many connections as it may have."""
+
+
 class HandshakeFailed(PeerError):
     """No TLS session came about; `farewell` holds OpenSSL's alert record, if it wrote one."""
 
