@@ -1,4 +1,4 @@
-"""The kernel's interface for TLS sockets, spelled as in linux/tls.h, linux/tcp.h and linux/openat2.h.
+"""The kernel's interface, spelled as in linux/tls.h, linux/tcp.h, linux/openat2.h, linux/landlock.h and linux/prctl.h.
 
 Numbers only: this module calls nothing. "since" is the first kernel that has the name.
 """
@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 # linux/tcp.h, linux/socket.h
 SOL_TCP: Final = 6
 TCP_ULP: Final = 31  # since 4.13
+SO_MAX_PACING_RATE: Final = 47  # since 3.13, by TCP itself since 4.13, 64 bits since 4.20
 SOL_TLS: Final = 282  # since 4.13
 
 # linux/tls.h: socket options at SOL_TLS
@@ -46,6 +47,39 @@ open_how: Final = Struct("=QQQ")  # flags, mode, resolve
 
 # linux/prctl.h
 PR_SET_DUMPABLE: Final = 4
+PR_SET_NO_NEW_PRIVS: Final = 38  # since 3.5
+
+# linux/landlock.h, asm/unistd.h; "ABI" is what LANDLOCK_CREATE_RULESET_VERSION returns
+SYS_landlock_create_ruleset: Final = 444  # since 5.13
+SYS_landlock_add_rule: Final = 445  # since 5.13
+SYS_landlock_restrict_self: Final = 446  # since 5.13
+LANDLOCK_CREATE_RULESET_VERSION: Final = 1 << 0  # since 5.13
+LANDLOCK_RULE_PATH_BENEATH: Final = 1  # since 5.13
+LANDLOCK_ACCESS_FS_EXECUTE: Final = 1 << 0  # since 5.13 (ABI 1), and so on to MAKE_SYM
+LANDLOCK_ACCESS_FS_WRITE_FILE: Final = 1 << 1
+LANDLOCK_ACCESS_FS_READ_FILE: Final = 1 << 2
+LANDLOCK_ACCESS_FS_READ_DIR: Final = 1 << 3
+LANDLOCK_ACCESS_FS_REMOVE_DIR: Final = 1 << 4
+LANDLOCK_ACCESS_FS_REMOVE_FILE: Final = 1 << 5
+LANDLOCK_ACCESS_FS_MAKE_CHAR: Final = 1 << 6
+LANDLOCK_ACCESS_FS_MAKE_DIR: Final = 1 << 7
+LANDLOCK_ACCESS_FS_MAKE_REG: Final = 1 << 8
+LANDLOCK_ACCESS_FS_MAKE_SOCK: Final = 1 << 9
+LANDLOCK_ACCESS_FS_MAKE_FIFO: Final = 1 << 10
+LANDLOCK_ACCESS_FS_MAKE_BLOCK: Final = 1 << 11
+LANDLOCK_ACCESS_FS_MAKE_SYM: Final = 1 << 12
+LANDLOCK_ACCESS_FS_REFER: Final = 1 << 13  # since 5.19 (ABI 2)
+LANDLOCK_ACCESS_FS_TRUNCATE: Final = 1 << 14  # since 6.2 (ABI 3)
+LANDLOCK_ACCESS_FS_IOCTL_DEV: Final = 1 << 15  # since 6.10 (ABI 5)
+LANDLOCK_ACCESS_FS_RESOLVE_UNIX: Final = 1 << 16  # since 7.1 (ABI 9)
+LANDLOCK_ACCESS_NET_BIND_TCP: Final = 1 << 0  # since 6.7 (ABI 4)
+LANDLOCK_ACCESS_NET_CONNECT_TCP: Final = 1 << 1  # since 6.7 (ABI 4)
+LANDLOCK_ACCESS_NET_BIND_UDP: Final = 1 << 2  # since 7.2 (ABI 10)
+LANDLOCK_ACCESS_NET_CONNECT_SEND_UDP: Final = 1 << 3  # since 7.2 (ABI 10)
+LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET: Final = 1 << 0  # since 6.12 (ABI 6)
+LANDLOCK_SCOPE_SIGNAL: Final = 1 << 1  # since 6.12 (ABI 6)
+landlock_ruleset_attr: Final = Struct("=QQQ")  # handled_access_fs, _net (since 6.7), scoped (since 6.12); older: zeros pass
+landlock_path_beneath_attr: Final = Struct("=Qi")  # allowed_access, parent_fd; packed
 
 
 class CipherLayout(NamedTuple):
