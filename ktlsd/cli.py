@@ -21,9 +21,11 @@ from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import LinuxKernel
 from ktlsd.protocol.semantics import parse_path
-from ktlsd.server import run
+from ktlsd.server import generation
 from ktlsd.server.auth import Signer, hash_password
-from ktlsd.settings import ALPN, Settings, load_file, read_file, validate
+from ktlsd.server.supervisor import Supervisor
+from ktlsd.settings import ALPN, Settings, read_file
+from ktlsd.validation import load_file, validate
 
 _SHOWN = 20  # problems told one by one
 
@@ -57,17 +59,29 @@ def main() -> None:
     type=click.Choice(["auto", "require", "off"]),
     help="auto: the kernel encrypts where it can. require: exit 1 if it can't. off: userspace only. [auto]",
 )
-@click.option("--workers", metavar="N", type=int, help="Worker processes; this release has one. [1]")
+@click.option("--workers", metavar="N", type=click.IntRange(1, 256), help="Worker processes. [one for each processor]")
 @click.option("--alpn", metavar="LIST", help="Protocols offered, by commas, the best first: h2,http/1.1.")
 @click.option("--access-log", metavar="FILE|-", help="One line per request; - is standard output. [none]")
 @click.option("--log-format", type=click.Choice(["combined", "json"]), help="Form of the access log. [json]")
+@click.option("--check", is_flag=True, help="Look whether it could be served, and end.")
 @_errors_as_exit_status
-def serve(config: str | None, **flags: Any) -> None:
-    """Serve the files in DIR (default: this folder) over HTTPS."""
+def serve(config: str | None, *, check: bool, **flags: Any) -> None:
+    """Serve the files in DIR (default: this folder) over HTTPS.
+
+    SIGHUP reads the configuration and the certificates again, SIGUSR2 starts another version of the program in its place;
+    neither drops a connection. SIGTERM finishes what is running.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
-    settings = _merge(read_file(config) if config else Settings(), flags)
-    validate(settings)
-    run.serve(settings, announce=_announce)
+
+    def load() -> Settings:
+        settings = _merge(read_file(config) if config else Settings(), flags)
+        validate(settings)
+        return settings
+
+    if check:
+        generation.check(load())
+        return
+    Supervisor(load, _announce).run()
 
 
 def _announce(line: str) -> None:
@@ -77,14 +91,18 @@ def _announce(line: str) -> None:
 def _merge(settings: Settings, flags: dict[str, Any]) -> Settings:
     """Lay what was said on the command line over the settings. Raises SettingsError."""
     replace = msgspec.structs.replace
-    if flags["workers"] not in (None, 1):
-        raise SettingsError(f"--workers: {flags['workers']}: this release runs one worker; leave it out")
     if flags["alpn"] is not None:
         alpn = tuple(name.strip() for name in flags["alpn"].split(","))
         if not set(alpn) <= set(ALPN):
             raise SettingsError(f"--alpn: {flags['alpn']!r}: name h2, http/1.1, or both with a comma between them")
         settings = replace(settings, tls=replace(settings.tls, alpn=alpn))
-    places = {"directory": (None, "root"), "cert": ("tls", "cert"), "key": ("tls", "key"), "ktls": ("ktls", "mode")}
+    places = {
+        "directory": (None, "root"),
+        "workers": (None, "workers"),
+        "cert": ("tls", "cert"),
+        "key": ("tls", "key"),
+        "ktls": ("ktls", "mode"),
+    }
     places |= {"access_log": ("log", "access"), "log_format": ("log", "format")}
     for flag, (section, key) in places.items():
         if flags[flag] is not None:
@@ -102,7 +120,7 @@ def check(file: str) -> None:
     """Validate the configuration FILE: exit 2 with file, key and reason if it can't be used."""
     settings = load_file(file)
     try:
-        run.check(settings)
+        generation.check(settings)
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from error
     print(f"{file}: fine")

@@ -4,7 +4,6 @@ The only place that knows the names of flags and keys. Command line beats file b
 """
 
 import difflib
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +14,7 @@ from ktlsd.errors import SettingsError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+Rate = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]  # bytes a second
 
 DEFAULT_LISTEN: Final = ("localhost:8443",)
 ALPN: Final = ("h2", "http/1.1")
@@ -50,16 +50,27 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[limits]: how much one worker takes on, and how long it waits (seconds)."""
+    """[limits]: how much is taken on, and how long is waited (seconds)."""
 
-    connections: Count = 20_000
+    connections: Count = 20_000  # of one worker
+    # Over all workers; a client is an IPv4 address or an IPv6 /64, a subnet a /24 or a /48.
+    connections_per_client: Count | None = None
+    connections_per_subnet: Count | None = None
+    handshakes: Count = 2_000  # of one worker, not yet through; above that the oldest is dropped
+    responses: Count = 10_000  # of one worker at a time; more get 503
     requests_per_connection: Count = 10_000
+    min_rate: Rate | None = 256  # bytes a second that a client must take while it downloads, over
+    min_rate_grace: Seconds = 60.0
+    bandwidth_per_connection: Rate | None = None  # bytes a second, kept by the kernel's pacing
+    bandwidth: Rate | None = None  # what the pipe holds: clients share it equally when it is full
     handshake_timeout: Seconds = 10.0
     header_timeout: Seconds = 20.0
     idle_timeout: Seconds = 75.0
     progress_timeout: Seconds = 60.0  # without a byte accepted by the client's TCP
     linger_timeout: Seconds = 5.0  # how long the client may take to close after our close_notify
     drain_timeout: Seconds = 30.0  # how long running responses may take after SIGTERM
+    retire_timeout: Seconds = 86_400.0  # and after a reload or an upgrade, when others have taken over
+    stall_timeout: Seconds = 30.0  # a worker that shows no sign of life for so long is replaced
 
 
 class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,15 +131,32 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     acme: str | None = None  # the webroot for /.well-known/acme-challenge/; otherwise the site's own root
 
 
+class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[process]: what the workers run as."""
+
+    user: str | None = None  # workers become this user, if ktlsd is started as root
+    group: str | None = None  # otherwise the user's own
+    sandbox: bool = True  # workers may read what they serve and nothing else (Landlock), where the kernel can
+
+
+class MetricsListener(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[metrics]: /metrics, /healthz and /readyz, in the clear."""
+
+    listen: tuple[str, ...] = ()
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of it."""
 
     root: str | None = None  # None: the folder ktlsd was started in
     listen: tuple[str, ...] = DEFAULT_LISTEN
-    workers: Literal[1] = 1
+    workers: Literal["auto"] | Annotated[int, msgspec.Meta(ge=1, le=256)] = "auto"  # auto: one for each processor
+    proxy_protocol: tuple[str, ...] = ()  # networks of proxies that begin each connection with a PROXY header
     tls: Tls = Tls()
     ktls: Ktls = Ktls()
     limits: Limits = Limits()
+    process: Process = Process()
+    metrics: MetricsListener = MetricsListener()
     log: Log = Log()
     files: Files = Files()
     rule: tuple[Rule, ...] = ()
@@ -165,16 +193,6 @@ def parse_listen(text: str) -> tuple[str, int]:
     return ("" if host == "*" else host), int(port)
 
 
-def load_file(path: str) -> Settings:
-    """Read a configuration file and check it as a whole. Raises SettingsError with file, key and reason."""
-    settings = read_file(path)
-    try:
-        validate(settings)
-    except SettingsError as exc:
-        raise SettingsError(f"{path}: {exc}") from exc
-    return settings
-
-
 def read_file(path: str) -> Settings:
     """Read a configuration file, names and types checked only: what the command line replaces may be wrong.
 
@@ -207,8 +225,7 @@ def _explained(reason: str, where: str) -> str:
         kind = next((each for each in _flat(kind) if isinstance(each, type) and issubclass(each, msgspec.Struct)), kind)
     if reason.startswith("Invalid enum value"):
         values = [value for each in _flat(kind) if get_origin(each) is Literal for value in get_args(each)]
-        only = "this release has only" if len(values) == 1 else "it is one of"
-        return f"{reason}; {only} {', '.join(map(repr, values))}"
+        return f"{reason}; it is one of {', '.join(map(repr, values))}{' or a number' if int in _flat(kind) else ''}"
     if match := re.search(r"unknown field `(.*)`", reason):
         fields = kind.__struct_fields__ if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else ()
         near = difflib.get_close_matches(match[1], fields, 1)
@@ -248,141 +265,3 @@ def _anchor(part: Any, base: Path) -> Any:
         else:
             changed[name] = _anchor(value, base)
     return msgspec.structs.replace(part, **changed)
-
-
-def validate(settings: Settings) -> None:
-    """Check what types can't say: addresses, files that must be there, things that need each other. Raises SettingsError."""
-    if not settings.listen:
-        raise SettingsError("listen: is empty; give at least one HOST:PORT")
-    _ = settings.listen_addresses
-    tls = settings.tls
-    _check_pair("tls.", tls.cert, tls.key)
-    if not tls.alpn:
-        raise SettingsError("tls.alpn: is empty; leave it out or name h2 and http/1.1")
-    _check_file("tls.client_ca", tls.client_ca)
-    _check_file("tls.client_crl", tls.client_crl)
-    for name, value in (("client_crl", tls.client_crl), ("client_auth", tls.client_auth)):
-        if value is not None and tls.client_ca is None:
-            raise SettingsError(f"tls.{name}: means nothing without tls.client_ca")
-    if tls.hsts_subdomains and tls.hsts is None:
-        raise SettingsError("tls.hsts_subdomains: means nothing without tls.hsts")
-    access = settings.log.access
-    if access not in (None, "-") and not os.path.isdir(os.path.dirname(access or "") or "."):
-        raise SettingsError(f"log.access: {access}: there is no such folder; create it")
-    if settings.root is not None and not os.path.isdir(settings.root):
-        raise SettingsError(f"root: {settings.root}: {_why_no_directory(settings.root)}")
-    _check_files("files.", settings.files)
-    _check_rules("", settings.rule)
-    if settings.rule and settings.site and settings.root is None:
-        raise SettingsError("rule: belongs to the top level's root, and there is none; put the rules into their [[site]]")
-    for number, http in enumerate(settings.http):
-        for text in http.listen:
-            try:
-                parse_listen(text)
-            except SettingsError as exc:
-                raise SettingsError(f"http[{number}].{exc}") from exc
-        if http.acme is not None and not os.path.isdir(http.acme):
-            raise SettingsError(f"http[{number}].acme: {http.acme}: no such directory")
-    _check_addresses(settings)
-    seen: dict[str, int] = {}
-    for number, site in enumerate(settings.site):
-        _check_site(number, site, seen)
-
-
-def _check_addresses(settings: Settings) -> None:
-    taken: set[tuple[str, int]] = set()
-    named = [("listen", text) for text in settings.listen]
-    named += [(f"http[{number}].listen", text) for number, http in enumerate(settings.http) for text in http.listen]
-    for name, text in named:
-        address = parse_listen(text)
-        if address[1] and address in taken:
-            raise SettingsError(f"{name}: {text} is there twice")
-        taken.add(address)
-
-
-def _check_site(number: int, site: Site, seen: dict[str, int]) -> None:
-    where = f"site[{number}]."
-    for name in site.names:
-        if not _SITE_NAME.fullmatch(name):
-            raise SettingsError(f"{where}names: {name!r} is not a host name like example.org or *.example.org")
-        if name.lower() in seen:
-            raise SettingsError(f"{where}names: {name} is site[{seen[name.lower()]}]'s already")
-        seen[name.lower()] = number
-    if not os.path.isdir(site.root):
-        raise SettingsError(f"{where}root: {site.root}: {_why_no_directory(site.root)}")
-    _check_pair(where, site.cert, site.key)
-    if site.alpn == ():
-        raise SettingsError(f"{where}alpn: is empty; leave it out or name h2 and http/1.1")
-    if site.files is not None:
-        _check_files(where + "files.", site.files)
-    _check_rules(where, site.rule)
-
-
-_SITE_NAME: Final = re.compile(r"\*|(?:\*\.)?[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|[0-9A-Fa-f:]+")
-_FIELD_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_FIELD_VALUE: Final = re.compile(r"[\t\x20-\x7e]*")
-_FRAMING: Final = frozenset(
-    (
-        *("content-length", "transfer-encoding", "connection", "date", "content-range", "content-encoding", "etag", "trailer"),
-        *("keep-alive", "proxy-connection", "upgrade", "te"),
-    )
-)
-_MEDIA_TYPE: Final = re.compile(r"[\w.+!#$&^-]+/[\w.+!#$&^-]+(?:[ \t]*;[\t\x20-\x7e]*)?", re.ASCII)
-
-
-def _why_no_directory(path: str) -> str:
-    return "is a file; name the directory it is in" if os.path.exists(path) else "no such directory"
-
-
-def _check_pair(where: str, cert: str | None, key: str | None) -> None:
-    if (cert is None) != (key is None):
-        missing = "key" if key is None else "cert"
-        raise SettingsError(f"{where}{missing}: is missing; a certificate and its key come together")
-    _check_file(f"{where}cert", cert)
-    _check_file(f"{where}key", key)
-
-
-def _check_file(name: str, file: str | None) -> None:
-    if file is not None and not os.path.isfile(file):
-        raise SettingsError(f"{name}: {file}: no such file")
-
-
-def _check_value(name: str, value: str | None) -> None:
-    if value is not None and not _FIELD_VALUE.fullmatch(value):
-        raise SettingsError(f"{name}: {value!r} can't be a header's value; use printable ASCII")
-
-
-def _check_files(where: str, files: Files) -> None:
-    _check_file(f"{where}listing_template", files.listing_template)
-    _check_value(f"{where}cache_control", files.cache_control)
-    for name in files.index:
-        if not name or "/" in name or name.startswith("."):
-            raise SettingsError(f"{where}index: {name!r} is not a file name")
-
-
-def _check_rules(where: str, rules: tuple[Rule, ...]) -> None:
-    for number, rule in enumerate(rules):
-        at = f"{where}rule[{number}]."
-        for name, value in rule.headers.items():
-            if not _FIELD_NAME.fullmatch(name):
-                raise SettingsError(f"{at}headers: {name!r} is not a header's name")
-            if name.lower() in _FRAMING:
-                raise SettingsError(f"{at}headers: {name} is ktlsd's own to say")
-            _check_value(f"{at}headers.{name}", value)
-        _check_value(f"{at}cache_control", rule.cache_control)
-        if rule.content_type is not None and not _MEDIA_TYPE.fullmatch(rule.content_type):
-            raise SettingsError(f"{at}content_type: {rule.content_type!r} is not a media type like text/plain; charset=utf-8")
-        if rule.auth:
-            _check_file(f"{at}auth", rule.auth)
-        _check_file(f"{at}signed", rule.signed)
-        for origin in rule.cors or ():
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise SettingsError(f"{at}cors: {origin!r} is not an origin like https://example.org, nor *")
-        if rule.redirect is not None and not re.match(r"/|https?://", rule.redirect):
-            raise SettingsError(f"{at}redirect: {rule.redirect!r} is neither a path nor an http(s) address")
-        _check_value(f"{at}redirect", rule.redirect)
-        if rule.status is not None and rule.redirect is None:
-            raise SettingsError(f"{at}status: means nothing without redirect")
-        for candidate in rule.try_files or ():
-            if not candidate.startswith(("/", "{path}")):
-                raise SettingsError(f"{at}try_files: {candidate!r} starts neither with / nor with {{path}}")

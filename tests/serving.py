@@ -19,11 +19,12 @@ from ktlsd.net.kernel import Kernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.net.listeners import Listener
 from ktlsd.server.accesslog import AccessLog
-from ktlsd.server.connection import Services
+from ktlsd.server.entrance import Door
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Responder
+from ktlsd.server.services import Services
 from ktlsd.server.sites import Sites
-from ktlsd.server.worker import Door, Worker
+from ktlsd.server.worker import Worker
 from ktlsd.settings import Limits, Settings
 from tests import pki
 
@@ -101,6 +102,11 @@ class Program:
         assert match, f"it did not start: {self.told} {self.stderr.read_text()}"
         self.port = int(match[1])
         self.url = f"https://localhost:{self.port}"
+
+    def workers(self) -> list[int]:
+        """The process numbers of its workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
 
     def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 20) -> int:
         self.process.send_signal(number)

@@ -48,6 +48,11 @@ class DocumentRoot:
         self._openat2 = use_openat2 and _openat2_works(self._fd)
 
     @property
+    def fd(self) -> int:
+        """The directory's descriptor."""
+        return self._fd
+
+    @property
     def gate(self) -> str:
         """How paths are kept inside: "openat2" or "walk"."""
         return "openat2" if self._openat2 else "walk"

@@ -47,10 +47,14 @@ _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _BYTES_ACKED_AT: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked), u64, since 4.1
 _TCP_CLOSE: Final = 7  # tcpi_state, include/net/tcp_states.h
 _TCP_INFO_SIZE: Final = 128
+_UNPACED: Final = (1 << 64) - 1
 
 
 class Kernel(Protocol):
     """What a channel asks of the kernel. `None` means would block: nothing was accepted."""
+
+    def preload(self) -> None:
+        """Open what will be needed later."""
 
     def attach_ulp(self, sock: socket.socket) -> None:
         """Make the socket a TLS socket (it stays plain until `set_tx`). Raises HandoverError("TCP_ULP")."""
@@ -63,6 +67,9 @@ class Kernel(Protocol):
 
     def receive(self, sock: socket.socket, size: int) -> bytes | None:
         """Return at most `size` bytes, b"" at TCP's end. Raises PeerTruncated."""
+
+    def peek(self, sock: socket.socket, size: int) -> bytes | None:
+        """Return what `receive` would, and leave it there."""
 
     def send(self, sock: socket.socket, buffers: Sequence[Buffer], *, more: bool) -> int | None:
         """Return how many bytes of `buffers` were accepted; with `more` the TLS record stays open. Raises PeerTruncated."""
@@ -95,6 +102,9 @@ class Kernel(Protocol):
     def shutdown(self, sock: socket.socket) -> None:
         """End our direction (FIN)."""
 
+    def pace(self, sock: socket.socket, rate: int | None) -> None:
+        """Have TCP send at most so many bytes a second, as evenly as it can; None for no limit."""
+
     def reset(self, sock: socket.socket) -> None:
         """Close at once with RST: the client shall see that something is missing."""
 
@@ -105,6 +115,11 @@ class LinuxKernel:
     def __init__(self) -> None:
         self._pipe: PagePipe | None = None
         self._has_pipe: bool | None = None  # None: not tried yet
+
+    def preload(self) -> None:
+        """Open what `send_pages` needs: before a sandbox forbids it, and in the process that uses it."""
+        self._pipe = open_pipe()
+        self._has_pipe = self._pipe is not None
 
     def attach_ulp(self, sock: socket.socket) -> None:
         try:
@@ -129,6 +144,14 @@ class LinuxKernel:
     def receive(self, sock: socket.socket, size: int) -> bytes | None:
         try:
             return sock.recv(size)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            raise _peer_error(exc) from exc
+
+    def peek(self, sock: socket.socket, size: int) -> bytes | None:
+        try:
+            return sock.recv(size, socket.MSG_PEEK)
         except BlockingIOError:
             return None
         except OSError as exc:
@@ -168,8 +191,7 @@ class LinuxKernel:
 
     def send_pages(self, sock: socket.socket, vectors: "array[int]", *, more: bool) -> tuple[int, int | None]:
         if self._has_pipe is None:
-            self._pipe = open_pipe()
-            self._has_pipe = self._pipe is not None
+            self.preload()
         if self._pipe is None:
             raise FileTruncated("this process may not splice pages")
         try:
@@ -197,6 +219,13 @@ class LinuxKernel:
             sock.shutdown(socket.SHUT_WR)
         except OSError as exc:
             raise _peer_error(exc) from exc
+
+    def pace(self, sock: socket.socket, rate: int | None) -> None:
+        value = _UNPACED if rate is None else max(rate, 1)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, uapi.SO_MAX_PACING_RATE, struct.pack("=Q", value))
+        except OSError:
+            pass  # a connection that has just been reset
 
     def reset(self, sock: socket.socket) -> None:
         try:

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from collections.abc import Mapping
 from typing import Final
 
 from ktlsd.errors import StartError
@@ -21,6 +22,8 @@ _CLIENT_GONE: Final = frozenset(
         errno.ETIMEDOUT,
     )
 )
+_FIRST_INHERITED: Final = 3  # SD_LISTEN_FDS_START
+_NAMES: Final = ("https", "http", "metrics")  # FileDescriptorName=; others count as the first
 _BACKLOG: Final = 4096  # the kernel cuts it to net.core.somaxconn
 _PRIVILEGED_HINT: Final = (
     "ports below net.ipv4.ip_unprivileged_port_start (1024 by default) need CAP_NET_BIND_SERVICE: "
@@ -74,6 +77,30 @@ def _bind_error(host: str, port: int, exc: OSError) -> StartError:
 def address_text(host: str, port: int) -> str:
     """Return host:port, IPv6 in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, list[socket.socket]]:
+    """Return the listening sockets that systemd has opened for us (sd_listen_fds(3)), by name. Raises StartError."""
+    if environment.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    count = int(environment.get("LISTEN_FDS", "0"))
+    names = environment.get("LISTEN_FDNAMES", "").split(":")
+    found: dict[str, list[socket.socket]] = {}
+    for number in range(count):
+        sock = adopt(_FIRST_INHERITED + number)
+        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise StartError(f"socket {number} from systemd does not listen for streams: use ListenStream= and Accept=no")
+        name = names[number] if number < len(names) else ""
+        found.setdefault(name if name in _NAMES else _NAMES[0], []).append(sock)
+    return found
+
+
+def adopt(fd: int) -> socket.socket:
+    """Return an open listening socket as one of ours."""
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    os.set_inheritable(fd, False)
+    return sock
 
 
 class Listener:

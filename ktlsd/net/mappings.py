@@ -48,6 +48,8 @@ class Mappings:
         self._dropped: list[Mapped] = []  # to be unmapped when nobody can be using them
         self._bytes = 0
         self._swept = 0.0
+        self.hits = 0  # questions about files that were mapped
+        self.misses = 0  # and about others that are large enough
 
     def __len__(self) -> int:
         return len(self._mapped)
@@ -62,8 +64,10 @@ class Mappings:
             if mapped.size == file.size:
                 mapped.used = True
                 self._mapped.move_to_end(key)
+                self.hits += 1
                 return mapped
             self._drop(key)
+        self.misses += 1
         if file.sent_before:
             return None
         file.sent_before = True

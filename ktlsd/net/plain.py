@@ -167,6 +167,10 @@ class PlainChannel:
                 self._readable = False
         return self._over
 
+    def pace(self, rate: int | None) -> None:
+        """Send at most so many bytes a second from now on; None for no limit."""
+        self._kernel.pace(self._sock, rate)
+
     def unacknowledged(self) -> int:
         """Return how many bytes TCP still has to bring to the peer."""
         return self._kernel.unacknowledged(self._sock)

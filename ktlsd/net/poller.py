@@ -1,7 +1,7 @@
 """The one place that waits: epoll, deadlines, and the list of those who have more to do at once.
 
 Knows nothing of connections: a source is anything with a `fileno`, and what it means is the caller's. Edge-triggered and
-registered once, so that a source costs no system call per wait; whoever stops before would-block must `again` itself.
+registered once, so that a source costs no system call per wait; whoever stops before would-block must remember that itself.
 """
 
 import heapq
@@ -46,15 +46,15 @@ class Poller:
         self._heap: list[tuple[float, int, int]] = []
         self._scheduled: dict[int, float] = {}  # fd -> the earliest heap entry's moment
         self._serial = 0
-        self._again: dict[int, Source] = {}
 
     def __len__(self) -> int:
         return len(self._sources)
 
-    def add(self, source: Source, *, level_triggered: bool = False) -> None:
-        """Watch a source from now on. `level_triggered` for listeners and signals, which are read only."""
+    def add(self, source: Source, *, level_triggered: bool = False, shared: bool = False) -> None:
+        """Watch a source from now on. `level_triggered` for what is read only; of all who watch a `shared` one one is woken."""
         fd = source.fileno()
-        self._epoll.register(fd, select.EPOLLIN if level_triggered else _EDGES)
+        exclusive = select.EPOLLEXCLUSIVE if shared else 0
+        self._epoll.register(fd, select.EPOLLIN | exclusive if level_triggered else _EDGES)
         self._sources[fd] = source
         self.reschedule(source, fd)
 
@@ -68,12 +68,7 @@ class Poller:
     def forget(self, fd: int) -> None:
         """Let go of a source whose descriptor has been closed, which ended epoll's own watch."""
         self._sources.pop(fd, None)
-        self._again.pop(fd, None)
         self._scheduled.pop(fd, None)
-
-    def again(self, source: Source) -> None:
-        """Hand the source out in the next round whether or not an edge comes: it stopped because its turn was over."""
-        self._again[source.fileno()] = source
 
     def reschedule(self, source: Source, fd: int) -> None:
         """Take notice of a changed deadline. A later one costs nothing: the entry there moves on when it comes up."""
@@ -89,24 +84,17 @@ class Poller:
     def wait(self, now: float, until: float | None = None) -> list[tuple[int, int]]:
         """Wait until something is ready or a deadline has passed, `until` at most; return epoll's (descriptor, events)."""
         timeout = _MAX_WAIT if until is None else max(until - now, 0)
-        if self._again:
-            timeout = 0
-        elif self._heap:
+        if self._heap:
             timeout = min(max(self._heap[0][0] - now, 0), timeout)
         return self._epoll.poll(timeout)
 
     def events(self, ready: list[tuple[int, int]], now: float) -> Iterator[Event]:
         """Yield what `wait` returned and what is due, each source once; sources removed meanwhile are left out."""
         due = self._due(now)
-        again, self._again = self._again, {}
         for fd, mask in ready:
             source = self._sources.get(fd)
             if source is not None:
-                again.pop(fd, None)
                 yield Event(source, bool(mask & _READABLE), bool(mask & _ENDED), due.pop(fd, None) is not None)
-        for fd, source in again.items():
-            if self._sources.get(fd) is source:
-                yield Event(source, overdue=due.pop(fd, None) is not None)
         for fd, source in due.items():
             if self._sources.get(fd) is source:
                 yield Event(source, overdue=True)

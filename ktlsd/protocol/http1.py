@@ -54,7 +54,7 @@ class Http1Connection:
         self._refused = False  # what comes now is thrown away
         self._discarded = 0  # bytes of it
         self._input_ended = False
-        self._draining = False
+        self._draining = 0  # 1: the next response says that it is the last; 2: and where nothing has been asked that was it
         self.closing = False  # the last response is out: close
         self._held_output = False
         self.progress = 0  # bytes that have gone out
@@ -128,7 +128,7 @@ class Http1Connection:
                     self._line = b""
             except RequestError as error:
                 found += self._refuse(error)
-        if self._draining and not self._exchanges and not self.head_begun and data:
+        if self._draining > 1 and not self._exchanges and not self.head_begun and data:
             self.closing = True  # the rest of a body was all that was waited for
         return found
 
@@ -155,9 +155,9 @@ class Http1Connection:
             self._exchanges.pop()
 
     def drain(self, *, one_more: bool = False) -> None:
-        """Answer what has been asked, then close; with `one_more` wait for a request if there has been none."""
-        self._draining = True
-        if not self._exchanges and not self.head_begun and not one_more:
+        """Answer what has been asked, then close; with `one_more` the client is told with a response, and may ask for it."""
+        self._draining = max(self._draining, 1 if one_more else 2)
+        if self._draining > 1 and not self._exchanges and not self.head_begun:
             self.closing = True
 
     def _close_when_done(self) -> None:
@@ -353,7 +353,7 @@ class Http1Connection:
         if not exchange.keep_alive:
             self.closing = True
             self._refused = True
-        elif self._draining and not self._exchanges:
+        elif self._draining > 1 and not self._exchanges:
             self.closing = True
         return Ended(exchange.stream_id, response.status, exchange.body_sent, complete=True)
 

@@ -128,9 +128,20 @@ class AccessLog:
         except OSError as exc:
             _log.warning("access log %s: cannot be opened anew: %s; going on in the old file", self._path, exc.strerror)
             return
-        os.dup2(fresh, self._fd, inheritable=False)
+        self.go_on_in(fresh)
         os.close(fresh)
-        self._torn = False
+
+    @property
+    def fd(self) -> int:
+        """Where lines go, -1 for nowhere."""
+        return self._fd
+
+    def go_on_in(self, fd: int) -> None:
+        """Write to another file from now on. Does not close `fd`."""
+        if self._fd >= 0:
+            self.flush()
+            os.dup2(fd, self._fd, inheritable=False)
+            self._torn = False
 
     def _lose(self, data: memoryview, why: str) -> None:
         if not self.lost:

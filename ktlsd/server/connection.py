@@ -4,8 +4,7 @@ handshake -> HTTP -> closing -> closed. Output first, then input, then back to t
 """
 
 import enum
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from ktlsd.errors import (
     FileCold,
@@ -24,27 +23,16 @@ from ktlsd.protocol.budgets import Allowance
 from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.http1_syntax import plain_answer
 from ktlsd.protocol.http2 import Http2Connection
-from ktlsd.protocol.messages import Refused, Request, Response
-from ktlsd.server.accesslog import AccessLog
+from ktlsd.protocol.messages import Refused, Request
+from ktlsd.server.admission import Guest
 from ktlsd.server.later import Later, read_ahead
 from ktlsd.server.ledger import Ledger
-from ktlsd.server.metrics import Metrics
-from ktlsd.settings import Limits
+from ktlsd.server.patience import Leave, MinimumRate
+from ktlsd.server.services import Services
 
 _BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs
 _RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
 _KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
-_CLOSE_TICK: Final = 0.05  # seconds between looks at what TCP still holds, doubling up to a second
-
-
-class Answers(Protocol):
-    """Who answers requests."""
-
-    def respond(self, request: Request | Refused) -> Response | Later:
-        """Return the response, or what has to be done first, in a thread."""
-
-    def refuse(self, request: Request | Refused, error: RequestError) -> Response:
-        """Return the response that says why there is no other."""
 
 
 class _Stage(enum.Enum):
@@ -62,41 +50,16 @@ class Turn(enum.Enum):
     CLOSED = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What connections share: none of it belongs to any."""
-
-    responder: Answers
-    access_log: AccessLog
-    metrics: Metrics
-    limits: Limits
-
-
 class Connection:
     """A client. A source for the poller: `fileno` and `deadline` (monotonic seconds)."""
 
     __slots__ = (
-        "_channel",
-        "_client",
-        "_close_tick",
-        "_close_until",
-        "_complaint",
-        "_faulted",
-        "_fd",
-        "_http",
-        "_jobs",
-        "_key_updates",
-        "_key_updates_seen",
-        "_ledger",
-        "_progress",
-        "_services",
-        "_stage",
-        "_unacknowledged",
-        "deadline",
-        "draining",
-    )
+        "_channel", "_client", "_complaint", "_faulted", "_fd", "_http", "_jobs", "_key_updates", "_key_updates_seen",
+        "_leave", "_ledger", "_mode", "_progress", "_progress_due", "_rate", "_sent", "_services", "_stage", "_unacknowledged",
+        "deadline", "draining", "guest", "spent",
+    )  # fmt: skip
 
-    def __init__(self, channel: PlainChannel, client: tuple[str, int], services: Services, now: float) -> None:
+    def __init__(self, channel: PlainChannel, client: tuple[str, int], guest: Guest, services: Services, now: float) -> None:
         self._channel = channel
         self._client = client
         self._services = services
@@ -107,23 +70,39 @@ class Connection:
         self._fd = channel.fileno()
         self._faulted = False
         self._progress = 0
+        self._progress_due = 0.0
         self._key_updates = Allowance(_KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
         self._key_updates_seen = 0
-        self._close_tick = _CLOSE_TICK
-        self._close_until = 0.0
+        self._leave: Leave | None = None  # once it is closing
         self._unacknowledged = 0
         self._complaint: str | None = None
+        self._mode = Mode.HANDSHAKE
+        self._sent = 0  # bytes that the channel has accepted
+        self._rate = MinimumRate(services.limits) if services.limits.min_rate is not None else None
         self.deadline = now + services.limits.handshake_timeout
         self.draining = False
+        self.guest = guest
+        self.spent = 0  # bytes sent in the last turn
 
     def fileno(self) -> int:
         """The descriptor, the same from accept to close."""
         return self._fd
 
+    @property
+    def handshaking(self) -> bool:
+        """Whether this client has not yet shown that it speaks TLS."""
+        return self._stage is _Stage.HANDSHAKE
+
+    def pace(self, rate: int | None) -> None:
+        """Send at most so many bytes a second from now on; None for no limit."""
+        if self._stage is not _Stage.CLOSED:
+            self._channel.pace(rate)
+
     # --- the one function ------------------------------------------------------------------------------------------
 
     def pump(self, now: float, event: Event) -> tuple[Turn, str | None]:
         """Do all that can be done at once; return how it ended and, if somebody was at fault, one line about it."""
+        self.spent = 0
         if event.readable:
             self._channel.note_input(ended=event.ended)
         try:
@@ -152,7 +131,8 @@ class Connection:
         self._stage = _Stage.HTTP
         facts, metrics, limits = self._channel.facts, self._services.metrics, self._services.limits
         if self._channel.mode is not Mode.PLAIN:
-            metrics.count("handshakes_resumed" if facts.resumed else "handshakes_full")
+            metrics.count("handshakes:resumed" if facts.resumed else "handshakes:full")
+        self._mode = self._channel.mode
         self.deadline = now + limits.idle_timeout
         if facts.alpn == "h2":
             self._http = Http2Connection(limits.requests_per_connection, limits.progress_timeout)
@@ -183,6 +163,8 @@ class Connection:
                 if sent is None:
                     break
                 self._ledger.close(http.sent(sent), channel)
+                self._sent += sent
+                self.spent += sent
                 if http.progress != self._progress or not http.busy:  # answers to a PING are none
                     self._set_deadline(now)
                 spent += sent
@@ -239,7 +221,13 @@ class Connection:
 
     def _answer(self, request: Request | Refused, now: float) -> None:
         self._ledger.open(request)
-        self._respond(request, now)
+        if self._services.metrics.answering > self._services.limits.responses:
+            self._services.metrics.count("turned_away:responses")
+            error = RequestError(503, "The server is at its limit; try again in a moment.")
+            self._http.respond(request.stream_id, self._services.responder.refuse(request, error))
+            self._set_deadline(now)
+        else:
+            self._respond(request, now)
 
     def _respond(self, request: Request | Refused, now: float) -> None:
         response = self._services.responder.respond(request)
@@ -277,9 +265,19 @@ class Connection:
         """Something was achieved. What comes next has its own time: progress of a response, the rest of a head, a request."""
         limits = self._services.limits
         self._progress = self._http.progress
+        if self._channel.mode is not self._mode:
+            self._mode = self._channel.mode
+            self._services.metrics.count("handovers")
         if self._http.busy:
-            self.deadline = now + limits.progress_timeout
-        elif self._http.head_begun:
+            self.deadline = self._progress_due = now + limits.progress_timeout
+            if self._rate is not None:
+                if now >= self._rate.due:
+                    self._rate.look(now, self._sent - self._channel.unacknowledged())
+                self.deadline = min(self.deadline, self._rate.due)
+            return
+        if self._rate is not None:
+            self._rate.rest()
+        if self._http.head_begun:
             self.deadline = now + limits.header_timeout
         else:
             self.deadline = now + (limits.linger_timeout if self._http.leaving else limits.idle_timeout)
@@ -288,6 +286,8 @@ class Connection:
         """`_KEY_UPDATES_PER_SECOND` may come at once, and as many again with every second."""
         new = self._channel.facts.key_updates - self._key_updates_seen
         self._key_updates_seen += new
+        if new:
+            self._services.metrics.count("key_updates", new)
         if new and not self._key_updates.spend(now, new):
             error = UnexpectedMessage(f"more than {_KEY_UPDATES_PER_SECOND} KeyUpdates a second")
             self._channel.say_goodbye(error)
@@ -304,12 +304,17 @@ class Connection:
         if self._http.owes_work:  # ours to do: the client can't help it
             self.deadline = now + self._services.limits.progress_timeout
             return
+        if self._rate is not None and self._http.busy and 0 < self._rate.due <= now:
+            self._rate.look(now, self._sent - self._channel.unacknowledged())
+            self.deadline = min(self._progress_due, self._rate.due)
+            if now < self._progress_due:
+                return
         if not (flushed := self._channel.try_flush()) or self._http.busy:
             left = self._channel.unacknowledged()
             # Slow, but it takes what TCP holds: writable comes in large steps. Where HTTP/2 has no window TCP holds only talk.
             if left != self._unacknowledged and (not flushed or self._http.next_output(1)):
                 self._unacknowledged = left
-                self.deadline = now + self._services.limits.progress_timeout
+                self.deadline = self._progress_due = now + self._services.limits.progress_timeout
                 return
             raise Overdue("the client takes no data")
         if self._http.head_begun:
@@ -321,38 +326,26 @@ class Connection:
 
     def _begin_closing(self, now: float) -> None:
         self._stage = _Stage.CLOSING
-        self._close_until = now + self._services.limits.linger_timeout
+        self._leave = Leave(self._services.limits, now)
 
     def _pump_closing(self, now: float) -> None:
-        """Close without losing the tail: as long as the client's TCP makes progress it gets its time."""
-        if self._channel.try_close():
+        if self._channel.try_close() or (self._leave is not None and self._leave.over(self._channel, now)):
             self._finish()
-            return
-        if now < self.deadline and self._close_tick > _CLOSE_TICK:
-            return
-        left = self._channel.unacknowledged()
-        if left != self._unacknowledged:
-            self._unacknowledged = left
-            limits = self._services.limits
-            self._close_until = now + (limits.progress_timeout if left else limits.linger_timeout)
-        if now >= self._close_until:
-            if left:
-                raise Overdue("the client did not take the end of what was sent")
-            self._finish()
-            return
-        self.deadline = min(now + self._close_tick, self._close_until)
-        self._close_tick = min(self._close_tick * 2, 1.0)
+        elif self._leave is not None:
+            self.deadline = self._leave.deadline
 
     # --- ends ------------------------------------------------------------------------------------------------------
 
-    def drain(self) -> None:
-        """Take no new requests; end when what was asked is answered. Pump afterwards."""
+    def drain(self, *, gently: bool = False) -> None:
+        """End when what was asked is answered; `gently`: a client that is idle may ask once more. Pump afterwards."""
         self.draining = True
         if self._stage is _Stage.HTTP:
-            self._http.drain()
+            self._http.drain(one_more=gently)
 
     def _finish(self) -> None:
         self._abandon()
+        if self._mode is Mode.USERSPACE and self._channel.why_userspace:
+            self._services.metrics.count(f"handover_refusals:{self._channel.why_userspace}")
         self._channel.drop()
         self._stage = _Stage.CLOSED
         self.deadline = float("inf")
@@ -360,6 +353,8 @@ class Connection:
     def _fail(self, error: PeerError | FileTruncated, now: float) -> Turn:
         """End the connection because of `error`; there is a line for the log if anything was lost."""
         stage = self._stage
+        if stage is _Stage.HANDSHAKE:
+            self._services.metrics.count(f"handshake_failures:{type(error).__name__}")
         if isinstance(error, PlainHttp):
             self._channel.send_plain(plain_answer(error.request))
         unfinished = self._abandon()

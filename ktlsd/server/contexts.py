@@ -1,12 +1,17 @@
 """ssl.SSLContext from Settings. Built before the workers are forked: session ticket keys must be the same in all of them."""
 
+import logging
+import os
 import ssl
+from typing import NamedTuple
 
 import msgspec
+from cryptography import x509
 
 from ktlsd.errors import SettingsError
 from ktlsd.settings import Settings, Tls
 
+_log = logging.getLogger("ktlsd")
 _MAX_PEM = 1 << 20  # bytes
 _MINIMUM = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -106,3 +111,63 @@ def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
         if exc.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH"):
             raise SettingsError(f"key {key}: does not belong to certificate {cert}") from exc
         raise SettingsError(f"certificate {cert} and key {key}: no usable PEM pair ({exc.reason or 'PEM lib'})") from exc
+
+
+def load_pem(context: ssl.SSLContext, fd: int) -> None:
+    """Have a context that is in use serve another certificate from the next handshake on; `fd` holds chain and key.
+
+    What has been looked at before is not expected to fail; if it does, the old pair stays. Does not close `fd`.
+    """
+    try:
+        context.load_cert_chain(f"/proc/self/fd/{fd}")
+    except (OSError, ssl.SSLError) as exc:
+        _log.error("cannot take a renewed certificate: %s", exc.strerror)
+
+
+class Pair(NamedTuple):
+    """The files of a certificate and its key."""
+
+    cert: str
+    key: str
+
+
+def pairs_of(settings: Settings) -> list[Pair]:
+    """Return whose certificates the contexts of `build_contexts` serve, in the same order."""
+    tls = settings.tls
+    assert tls.cert is not None, "devcert fills it in"
+    assert tls.key is not None
+    own = [site for site in settings.site if site.cert is not None or site.alpn is not None]
+    return [Pair(tls.cert, tls.key), *(Pair(site.cert or tls.cert, site.key or tls.key) for site in own)]
+
+
+def read_pair(pair: Pair) -> bytes:
+    """Return chain and key, as `load_pem` wants them. Raises SettingsError if they are no usable pair, half written perhaps."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _load_pair(context, *pair)
+    try:
+        with open(pair.cert, "rb") as cert, open(pair.key, "rb") as key:
+            return cert.read(_MAX_PEM) + b"\n" + key.read(_MAX_PEM)
+    except OSError as exc:
+        raise SettingsError(f"certificate {pair.cert}: cannot be read: {exc.strerror}") from exc
+
+
+def pem_file(pem: bytes) -> int:
+    """Return a descriptor of a file in memory that holds chain and key; no disk ever sees it. Raises SettingsError."""
+    fd = os.memfd_create("ktlsd-certificate")
+    os.write(fd, pem)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(f"/proc/self/fd/{fd}")
+    except ssl.SSLError as exc:  # it has changed between two looks
+        os.close(fd)
+        raise SettingsError(f"no usable PEM pair ({exc.reason or 'PEM lib'})") from exc
+    return fd
+
+
+def expiry_of(cert: str) -> float | None:
+    """Return when a certificate ends, seconds since the epoch; None if that can't be read."""
+    try:
+        with open(cert, "rb") as source:
+            leaf = x509.load_pem_x509_certificates(source.read(_MAX_PEM))[0]
+    except (OSError, ValueError, IndexError):
+        return None
+    return leaf.not_valid_after_utc.timestamp()

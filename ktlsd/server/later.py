@@ -25,6 +25,7 @@ class Later:
     job: Callable[[], bool]
     done: Callable[[bool | None], None]
     needed: bool = False
+    size: int = 0  # bytes that are read
 
 
 def read_ahead(cold: FileCold) -> Later:
@@ -48,4 +49,4 @@ def read_ahead(cold: FileCold) -> Later:
         file.asks = file.asks and bool(result)  # if it can't be read, who sends it gets the error
         file.release()
 
-    return Later(b"read %d" % next(_numbers), job, done, needed=True)
+    return Later(b"read %d" % next(_numbers), job, done, needed=True, size=end - offset)

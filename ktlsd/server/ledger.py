@@ -33,6 +33,7 @@ class Ledger:
         """A request has come."""
         self._pending[request.stream_id] = _Pending(request, time.time())
         self._metrics.count("requests")
+        self._metrics.answering += 1
 
     def request(self, stream_id: int) -> Request | Refused | None:
         """Return the request a stream began with; None once its response has ended."""
@@ -43,8 +44,14 @@ class Ledger:
         """Responses have ended, on this channel."""
         for each in ended:
             pending = self._pending.pop(each.stream_id, None)
-            self._metrics.count(f"body_bytes:{channel.mode.value}", each.body_bytes)
-            if pending is not None and self._access_log.enabled:
+            if pending is None:
+                continue
+            self._metrics.answering -= 1
+            self._metrics.count(f"responses:{each.status}")
+            self._metrics.count(f"body_bytes:{channel.mode.value}:{channel.facts.alpn or 'http/1.1'}", each.body_bytes)
+            if not each.complete:
+                self._metrics.count("responses_cut")
+            if self._access_log.enabled:
                 self._log(pending, each, channel)
 
     def _log(self, pending: _Pending, ended: Ended, channel: PlainChannel) -> None:

@@ -1,7 +1,10 @@
 """What a process does to itself before it holds secrets: no core dumps, enough descriptors."""
 
 import ctypes
+import math
+import os
 import resource
+from pathlib import Path
 
 from ktlsd import uapi
 
@@ -20,3 +23,13 @@ def raise_descriptor_limit(wanted: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
         soft = target
     return soft
+
+
+def processors() -> int:
+    """Return how many processors this process may use: its affinity, and its container's share of time, rounded up."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
+        return max(min(allowed, math.ceil(int(quota) / int(period))), 1)
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return allowed

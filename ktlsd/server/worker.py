@@ -1,85 +1,39 @@
-"""One process, one epoll: accept, pump, drain. Shares nothing but Settings and inherited sockets."""
+"""One process, one epoll: accept, pump, drain. Shares nothing but Settings, inherited sockets, and a board of numbers."""
 
 import logging
-import os
 import signal
-import socket
 import ssl
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from ktlsd.errors import RequestError
 from ktlsd.net.channel import Channel, HandoverPolicy
+from ktlsd.net.control import Message, close_all
 from ktlsd.net.kernel import Kernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.net.listeners import Listener
 from ktlsd.net.plain import PlainChannel
 from ktlsd.net.poller import Event, Poller
 from ktlsd.net.tx_userspace import Scratch
-from ktlsd.server.connection import Connection, Services, Turn
+from ktlsd.server.arrival import Arrival
+from ktlsd.server.board import Place, State
+from ktlsd.server.connection import Connection, Turn
+from ktlsd.server.contexts import load_pem
+from ktlsd.server.entrance import Door, Entrance, Membership, Newcomer
+from ktlsd.server.jobs import Jobs
 from ktlsd.server.later import Later
+from ktlsd.server.metrics import MemoryGauge, Report
+from ktlsd.server.services import Services
+from ktlsd.server.shares import Shares
+from ktlsd.server.turns import Turns
+from ktlsd.server.waker import NEVER, Waker
 from ktlsd.tls.session import Session
 
 _log = logging.getLogger("ktlsd")
-_ACCEPT_BURST: Final = 64  # connections taken before the others have their turn
-_ACCEPT_PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
-_NEVER: Final = float("inf")
-_THREADS: Final = 2  # for work that must not stop the loop
-_READERS: Final = 4  # for reading files that are not in memory
-_MAX_JOBS: Final = 64  # waiting or running; more are refused
-_JOB_DONE: Final = 0  # no signal has this number
-
-
-class Waker:
-    """A source for what comes from outside the sockets: signals, written into a socket pair by the interpreter, and a timer."""
-
-    def __init__(self) -> None:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
-        self.deadline = _NEVER
-
-    def hook(self, signals: Sequence[signal.Signals]) -> None:
-        """Catch these signals from now on; in the main thread only."""
-        for number in signals:
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-
-    def fileno(self) -> int:
-        """The end the interpreter does not write to."""
-        return self._read.fileno()
-
-    def write(self, number: int) -> None:
-        """As if a signal had come; from any thread."""
-        try:
-            self._write.send(bytes([number]))
-        except BlockingIOError:
-            pass  # full: it wakes anyway
-
-    def drain(self) -> bytes:
-        """Return the numbers of the signals that came, b"" if none did."""
-        try:
-            return self._read.recv(4096)
-        except BlockingIOError:
-            return b""
-
-    def close(self) -> None:
-        """Close both ends."""
-        self._read.close()
-        self._write.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Door:
-    """A way in: a listening socket, what is spoken behind it, and who answers. Without `context` there is no TLS."""
-
-    listener: Listener
-    context: ssl.SSLContext | None
-    services: Services
+BEAT: Final = 1.0  # seconds between signs of life
 
 
 class Worker:
@@ -93,223 +47,255 @@ class Worker:
         services: Services,
         *,
         keylog: KeyLogPipe | None,
+        membership: Membership | None = None,
     ) -> None:
-        self._doors = {door.listener: door for door in doors}
         self._kernel = kernel
         self._policy = policy
         self._services = services
+        self._limits = services.limits
+        self._metrics = services.metrics
         self._keylog = keylog
+        self._member = membership or Membership.alone()
+        self._shares = Shares(self._limits.bandwidth) if self._limits.bandwidth is not None else None
         self._scratch = Scratch()
         self._poller = Poller()
+        self._entrance = Entrance(doors, self._poller, kernel, self._member, services)
+        self._turns = Turns()
         self._connections: dict[int, Connection] = {}
-        self._accepting = False
+        self._handshakes: dict[int, Connection] = {}  # those that are not through, the oldest first
         self._draining = False
-        self._threads = ThreadPoolExecutor(_THREADS, "ktlsd")
-        self._readers = ThreadPoolExecutor(_READERS, "ktlsd-read")
-        self._reading = 0  # of those below, the jobs that are not counted
-        self._waiting: dict[bytes, list[tuple[Connection, int]]] = {}  # for the job with this key
-        self._jobs_done: deque[tuple[Later, bool | None]] = deque()  # and what came out, None if it failed
+        self._drain_until = NEVER
+        self._beat_at = 0.0
+        self._memory = MemoryGauge()
         self.waker = Waker()
+        self._jobs = Jobs(self.waker)
 
     def run(self) -> None:
-        """Serve until the waker brings SIGTERM or SIGINT, then drain."""
+        """Serve until told to drain."""
         self._poller.add(self.waker, level_triggered=True)
-        self._start_accepting()
+        self._poller.add(self._member.control, level_triggered=True)
+        self._member.place.state = State.SERVING
         now = time.monotonic()
-        while self._doors or self._connections:
-            ready = self._poller.wait(now, self._scratch.mappings.sweep(now))
+        self._beat(now)
+        self._entrance.open()
+        self._member.control.send("ready")
+        while not self._draining or self._connections:
+            until = now if self._turns else min(self._beat_at, self._entrance.resume_at, self._drain_until)
+            ready = self._poller.wait(now, min(until, self._scratch.mappings.sweep(now) or NEVER))
             now = time.monotonic()
             for event in self._poller.events(ready, now):
                 if isinstance(event.source, Connection):
-                    self._pump(event.source, now, event)
-                elif isinstance(event.source, Listener):
-                    self._accept(event.source, now)
+                    self._turns.add(event.source.guest.client, event)
+                elif isinstance(event.source, Listener | Arrival):
+                    for new in self._entrance.come_in(event.source, now):
+                        self._welcome(new, now)
                 else:
                     self._woken(event, now)
+            for client in self._turns.clients():
+                self._let(client, now)
+            self._clock(now)
             self._services.access_log.flush()
         self._close()
 
-    # --- accepting -------------------------------------------------------------------------------------------------
-
-    def _start_accepting(self) -> None:
-        if not self._accepting and not self._draining:
-            self._accepting = True
-            for listener in self._doors:
-                self._poller.add(listener, level_triggered=True)
-
-    def _stop_accepting(self) -> None:
-        if self._accepting:
-            self._accepting = False
-            for listener in self._doors:
-                self._poller.remove(listener)
-
-    def _accept(self, listener: Listener, now: float) -> None:
-        for _ in range(_ACCEPT_BURST):
-            if len(self._connections) >= self._services.limits.connections:
-                self._services.metrics.count("accept_paused:connections")
-                self._stop_accepting()  # until one of them ends
+    def _let(self, client: bytes, now: float) -> None:
+        """Have one client's connections do what they have to, as much as is its share of this round."""
+        quota = self._turns.quota()
+        while quota > 0:
+            event = self._turns.take(client)
+            if event is None:
                 return
-            try:
-                accepted = listener.try_accept()
-            except OSError as exc:
-                self._pause_accepting(now, os.strerror(exc.errno or 0))
-                return
-            if accepted is None:
-                return
-            try:
-                self._welcome(*accepted, self._doors[listener], now)
-            except (OSError, ssl.SSLError, MemoryError):  # epoll's or OpenSSL's limit: this client only
-                _log.exception("cannot take on a connection")
-                accepted[0].close()
+            connection = event.source
+            if isinstance(connection, Connection) and self._connections.get(connection.fileno()) is connection:
+                quota -= self._turns.cost(self._pump(connection, now, event))
 
-    def _pause_accepting(self, now: float, why: str) -> None:
-        """Descriptors or memory ran out: new clients wait in the backlog; asking on would only spin."""
-        self._services.metrics.count("accept_paused:descriptors")
-        if self._services.metrics.counters["accept_paused:descriptors"] == 1:
-            _log.warning("cannot accept: %s; new clients wait. Raise LimitNOFILE or lower limits.connections", why)
-        self._stop_accepting()
-        self.waker.deadline = min(self.waker.deadline, now + _ACCEPT_PAUSE)
-        self._poller.reschedule(self.waker, self.waker.fileno())
+    def _clock(self, now: float) -> None:
+        """Everything that is due by the clock and not by a connection's deadline."""
+        if now >= self._beat_at:
+            self._beat(now)
+        self._entrance.clock(now)
+        if now >= self._drain_until:
+            self._end_all("the time for draining is over")
 
-    def _welcome(self, sock: socket.socket, client: tuple[str, int], door: Door, now: float) -> None:
-        channel: PlainChannel
-        if door.context is None:
-            channel = PlainChannel(sock, self._kernel)
-        else:
-            session = Session(door.context)
-            channel = Channel(sock, session, self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
-        connection = Connection(channel, client, door.services, now)
-        self._connections[connection.fileno()] = connection
-        self._services.metrics.count("connections")
-        self._poller.add(connection)
+    def _beat(self, now: float) -> None:
+        """Show a sign of life, and what has been counted."""
+        place = self._member.place
+        place.beat(now)
+        self._beat_at = now + BEAT
+        report = Report(self._member.generation, dict(self._metrics.counters), self._metrics.reads, self._metrics.read_seconds)
+        report.counters |= {"mapping_hits": self._scratch.mappings.hits, "mapping_misses": self._scratch.mappings.misses}
+        report.memory, report.answering = self._memory.read(), self._metrics.answering
+        if self._shares is not None and self._shares.due(now):
+            report.rates = self._shares.rates(now)
+            others = [msgspec.json.decode(p.report() or b"{}", type=Report).rates for p in self._others()]
+            self._pace(self._shares.reckon([report.rates, *others]))
+        place.publish(msgspec.json.encode(report))
+
+    def _others(self) -> list[Place]:
+        own = self._member.place.number
+        return [place for place in self._member.board.places() if place.number != own]
+
+    def _pace(self, rates: dict[str, int] | None) -> None:
+        """Hold connections back to their shares, or let them go."""
+        own = self._limits.bandwidth_per_connection
+        for connection in self._connections.values():
+            rate = rates.get(connection.guest.client.hex()) if rates is not None else None
+            connection.pace(min(rate, own) if rate is not None and own is not None else rate or own)
+
+    # --- new connections -------------------------------------------------------------------------------------------
+
+    def _welcome(self, new: Newcomer, now: float) -> None:
+        try:
+            connection = self._made(new, now)
+            self._poller.add(connection)
+        except (OSError, ssl.SSLError, MemoryError):  # epoll's or OpenSSL's limit: this client only
+            _log.exception("cannot take on a connection")
+            self._entrance.left(new.guest)
+            new.sock.close()
+            return
+        fd = connection.fileno()
+        self._connections[fd] = connection
+        self._handshakes[fd] = connection
+        new.door.services.metrics.count("connections")
         self._pump(connection, now, Event(connection, readable=True))
+        if len(self._handshakes) > self._limits.handshakes:
+            oldest = next(iter(self._handshakes.values()))
+            self._metrics.count("turned_away:handshakes")
+            oldest.shut()
+            self._ended(oldest)
+
+    def _made(self, new: Newcomer, now: float) -> Connection:
+        channel: PlainChannel
+        if new.door.context is None:
+            channel = PlainChannel(new.sock, self._kernel)
+        else:
+            session = Session(new.door.context)
+            channel = Channel(new.sock, session, self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
+        if self._limits.bandwidth_per_connection is not None:
+            channel.pace(self._limits.bandwidth_per_connection)
+        return Connection(channel, new.client, new.guest, new.door.services, now)
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
-    def _pump(self, connection: Connection, now: float, event: Event) -> None:
+    def _pump(self, connection: Connection, now: float, event: Event) -> int:
+        """Move a connection on; return how many bytes it sent."""
         fd = connection.fileno()
         try:
             turn, complaint = connection.pump(now, event)
         except Exception:  # our bug: this connection ends, the worker lives
             _log.exception("bug: connection dropped")
-            self._services.metrics.count("ended:bug")
+            self._metrics.count("ended:bug")
             connection.shut()
             turn, complaint = Turn.CLOSED, None
         if complaint:
             _log.info("%s", complaint)
         for stream_id, later in connection.take_jobs():
             self._start(connection, stream_id, later, now)
+        if self._shares is not None and connection.spent:
+            self._shares.sent(connection.guest.client, fd, connection.spent)
+        if not connection.handshaking and fd in self._handshakes:
+            del self._handshakes[fd]
         if turn is Turn.CLOSED:
-            self._poller.forget(fd)
-            self._connections.pop(fd, None)
-            if len(self._connections) < self._services.limits.connections and self.waker.deadline == _NEVER:
-                self._start_accepting()
-            return
+            self._ended(connection)
+            return connection.spent
         if turn is Turn.AGAIN:
-            self._poller.again(connection)
+            self._turns.add(connection.guest.client, Event(connection))
         self._poller.reschedule(connection, fd)
+        return connection.spent
+
+    def _ended(self, connection: Connection) -> None:
+        fd = connection.fileno()
+        if self._connections.get(fd) is connection:
+            self._poller.forget(fd)
+            self._turns.forget(fd)
+            del self._connections[fd]
+            self._handshakes.pop(fd, None)
+            self._entrance.left(connection.guest)
 
     # --- work for threads ------------------------------------------------------------------------------------------
 
     def _start(self, connection: Connection, stream_id: int, later: Later, now: float) -> None:
         """Have a thread do what an answer waits for; at the limit the client is asked to come again."""
-        waiting = self._waiting.get(later.key)
-        if waiting is not None:
-            waiting.append((connection, stream_id))
-            return
-        self._reading += later.needed
-        if len(self._waiting) - self._reading >= _MAX_JOBS and not later.needed:
+        if not self._jobs.start(connection, stream_id, later):
             connection.resume(stream_id, now, refusal=RequestError(503, "The server is at its limit; try again in a moment."))
-            self._poller.again(connection)
-            return
-        self._waiting[later.key] = [(connection, stream_id)]
-
-        def run() -> None:
-            result = None
-            try:
-                if any(connection.is_open for connection, _ in tuple(self._waiting[later.key])):
-                    result = later.job()
-            except OSError as exc:  # of a disk: whoever sends gets it too
-                _log.warning("cannot read ahead: %s", exc.strerror)
-            except Exception:  # our bug: those who wait are told, and nobody tries again
-                _log.exception("a job failed")
-            self._jobs_done.append((later, result))
-            self.waker.write(_JOB_DONE)
-
-        (self._readers if later.needed else self._threads).submit(run)
+            self._turns.add(connection.guest.client, Event(connection))
 
     def _resume(self, now: float) -> None:
-        while self._jobs_done:
-            later, result = self._jobs_done.popleft()
+        for later, result, seconds, waiting in self._jobs.finished():
             refusal = None
-            waiting = self._waiting.pop(later.key)
-            self._reading -= later.needed
             if result is None and not later.needed:
                 refusal = RequestError(500, "Something is wrong with the server, not with the request.")
             else:
                 later.done(result)
+            if later.needed:
+                self._metrics.read_took(seconds)
+                self._metrics.count("cold_bytes", later.size)
             for connection, stream_id in waiting:
                 if self._connections.get(connection.fileno()) is connection:
                     if later.needed:
                         connection.go_on(stream_id)
                     else:
                         connection.resume(stream_id, now, refusal=refusal)
-                    self._pump(connection, now, Event(connection))
+                    self._turns.add(connection.guest.client, Event(connection))
 
-    # --- stopping --------------------------------------------------------------------------------------------------
+    # --- being told ------------------------------------------------------------------------------------------------
 
     def _woken(self, event: Event, now: float) -> None:
+        if event.source is self._member.control:
+            for message in self._member.control.receive():
+                self._told(message, now)
+            return
         came = self.waker.drain()
-        stops = sum(number in (signal.SIGTERM, signal.SIGINT) for number in came)
-        if signal.SIGUSR1 in came or signal.SIGHUP in came:
-            self._services.access_log.reopen()
-            _log.info("access log opened anew")
-        if signal.SIGHUP in came:
-            _log.warning("this release does not reload its configuration: restart ktlsd for changes to count")
         self._resume(now)
-        for _ in range(stops):
-            if self._draining:
-                self._end_all("told twice to stop")
-            else:
-                self._drain(now)
-        if event.overdue:
-            self.waker.deadline = _NEVER
-            if self._draining:
-                self._end_all("drain_timeout is over")
-            else:
-                self._start_accepting()
+        for _ in range(sum(number in (signal.SIGTERM, signal.SIGINT) for number in came)):
+            self._told(Message("cut" if self._draining else "drain", self._limits.drain_timeout), now)
 
-    def _drain(self, now: float) -> None:
-        """Take what waits in the backlog, then no more; answer what has been asked, then end."""
-        for listener in self._doors:
-            self._accept(listener, now)
-        self._stop_accepting()
-        self._draining = True
-        for listener in self._doors:
-            listener.close()
-        self._doors.clear()
-        _log.info("stopping: %d connections left", len(self._connections))
-        self.waker.deadline = now + self._services.limits.drain_timeout
-        self._poller.reschedule(self.waker, self.waker.fileno())
+    def _told(self, message: Message, now: float) -> None:
+        """The supervisor said something."""
+        if message.word == "drain":
+            self._drain(now, message.value)
+        elif message.word == "retire":  # others have taken over: idle clients may ask once more
+            self._drain(now, message.value, gently=True)
+        elif message.word == "cut":
+            self._end_all("told to stop at once")
+        elif message.word == "log" and message.fds:
+            self._services.access_log.go_on_in(message.fds[0])
+        elif message.word == "certificate" and message.fds:
+            load_pem(self._member.contexts[int(message.value)], message.fds[0])
+        elif not message.word:
+            self._poller.remove(self._member.control)
+            _log.warning("the supervisor is gone: stopping")
+            self._drain(now, self._limits.drain_timeout)
+        close_all(message.fds)
+
+    def _drain(self, now: float, seconds: float, *, gently: bool = False) -> None:
+        """Take no new connections; answer what has been asked, then end."""
+        self._drain_until = now + seconds
+        if not self._draining:
+            self._draining = True
+            self._member.place.state = State.LEAVING
+            for new in self._entrance.close(now, empty=not gently):
+                self._welcome(new, now)
+            _log.info("stopping: %d connections left", len(self._connections))
         for connection in list(self._connections.values()):
-            connection.drain()
-            self._pump(connection, now, Event(connection))
+            connection.drain(gently=gently)
+            self._turns.add(connection.guest.client, Event(connection))
 
     def _end_all(self, why: str) -> None:
+        self._drain_until = NEVER
         if self._connections:
             _log.warning("%s: %d connections are cut", why, len(self._connections))
-        for fd, connection in list(self._connections.items()):
+        for connection in list(self._connections.values()):
             connection.shut()
-            self._poller.forget(fd)
-        self._connections.clear()
+            self._ended(connection)
 
     def _close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._jobs.close()
         self._services.access_log.close()
         if self._services.access_log.lost:
-            self._services.metrics.count("log_lines_lost", self._services.access_log.lost)
+            self._metrics.count("log_lines_lost", self._services.access_log.lost)
+        self._beat(time.monotonic())
         self._scratch.mappings.close()
+        self._memory.close()
         self._poller.close()
         self.waker.close()
-        _log.info("served: %s", self._services.metrics.summary())
+        _log.info("served: %s", self._metrics.summary())

@@ -117,7 +117,7 @@ def test_a_client_that_leaves_while_it_is_read(root, mode, gate, pretend):
         other = Client(server.port)
         assert other.get("/cold").body == CONTENT
         other.close()
-        wait_until(lambda: not server.worker._waiting)
+        wait_until(lambda: not len(server.worker._jobs))
 
 
 def test_a_disk_that_fails_ends_the_stream(root, monkeypatch, caplog):

@@ -32,8 +32,8 @@ def test_idle_connections_are_cheap_and_stay_usable(tmp_path, capsys):
     (tmp_path / "root/small").write_bytes(b"small")
     pki.write(tmp_path)
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
-    with program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", "off", cwd=tmp_path) as server:
-        proc = Path(f"/proc/{server.process.pid}")
+    with program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", "off", "--workers", "1", cwd=tmp_path) as server:
+        proc = Path(f"/proc/{server.workers()[0]}")
         peers = []
         before = 0
         for number in range(IDLE):

@@ -95,7 +95,7 @@ def test_a_signal_drains_and_exits_with_0(running, number):
     assert running.process.wait(20) == 0
     entry = json.loads(running.log.read_text())
     assert (entry["complete"], entry["bytes"]) == (True, len(CONTENT))
-    assert "body_bytes:userspace=5000001" in running.stderr.read_text()
+    assert "body_bytes:userspace:http/1.1=5000001" in running.stderr.read_text()
 
 
 def test_a_second_signal_ends_at_once(running):
@@ -140,7 +140,7 @@ def test_without_a_certificate_one_is_made_once(folder):
         (["root", "--listen", "no.such.host.invalid:1"], 1, "no such host"),
         (["root", "--listen", "192.0.2.1:8443"], 1, "not this machine's"),
         (["root", "--listen", "127.0.0.1:{busy}"], 1, "another program listens there"),
-        (["root", "--workers", "2"], 2, "--workers"),
+        (["root", "--workers", "0"], 2, "--workers"),
         (["root", "--alpn", "h3"], 2, "name h2, http/1.1"),
         (["root", "--ktls", "maybe"], 2, "maybe"),
         (["root", "--access-log", "no/such/dir/log"], 2, "log.access"),

@@ -137,14 +137,14 @@ def test_passwords_are_verified_beside_the_loop(root, passwords):
         slow.send(f"GET /private/file HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('x', 'y')}\r\n\r\n".encode())
         slow.close()  # gone before the verdict
         assert other.get("/file").body == b"file"
-        wait_until(lambda: not server.worker._waiting)
+        wait_until(lambda: not len(server.worker._jobs))
         other.close()
 
 
 def test_a_flood_of_passwords_is_bounded(root, passwords, monkeypatch):
-    from ktlsd.server import worker
+    from ktlsd.server import jobs
 
-    monkeypatch.setattr(worker, "_MAX_JOBS", 2)
+    monkeypatch.setattr(jobs, "_MAX_JOBS", 2)
     with served(root, Rule(path="/private/**", auth=passwords)) as server:
         peers = [Client(server.port) for _ in range(12)]
         for number, peer in enumerate(peers):

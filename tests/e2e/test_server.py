@@ -275,7 +275,7 @@ def test_sessions_are_resumed(root):
             second = Client(server.port, ctx=ctx, session=session)
             assert second.get("/small.txt").body == b"small"
             second.close()
-        wait_until(lambda: server.metrics.counters["handshakes_resumed"] == 2)
+        wait_until(lambda: server.metrics.counters["handshakes:resumed"] == 2)
 
 
 def test_plain_http_on_the_tls_port_is_told_so(root):

@@ -61,15 +61,6 @@ def test_deadlines_move_both_ways(poller):
     assert [e.overdue for e in poller.events([], 30.0)] == [True]
 
 
-def test_again_comes_without_an_edge_and_once_per_round(poller):
-    source = Source()
-    poller.add(source)
-    round_(poller, 0)
-    poller.again(source)
-    source.theirs.send(b"x")
-    assert len(round_(poller, 0)) == 1
-
-
 def test_a_descriptor_used_anew_does_not_inherit_deadlines(poller):
     first = Source(deadline=5.0)
     fd = first.fileno()

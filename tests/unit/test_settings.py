@@ -1,7 +1,8 @@
 import pytest
 
 from ktlsd.errors import SettingsError
-from ktlsd.settings import load_file, parse_listen
+from ktlsd.settings import parse_listen
+from ktlsd.validation import load_file
 from tests import pki
 
 

@@ -1,0 +1,222 @@
+"""The way in: listening sockets, which workers share; who may come in; and when nobody may for a while."""
+
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ktlsd.errors import PeerError
+from ktlsd.net.control import Control, pair
+from ktlsd.net.kernel import Kernel
+from ktlsd.net.listeners import Listener
+from ktlsd.net.poller import Poller
+from ktlsd.server.admission import Admission, Guest, Trusted, guest
+from ktlsd.server.arrival import Arrival
+from ktlsd.server.board import Board, Place, State, Tally
+from ktlsd.server.services import Services
+from ktlsd.server.waker import NEVER
+
+_log = logging.getLogger("ktlsd")
+_BURST: Final = 64  # connections taken before the others have their turn
+_FEW: Final = 4  # the same where other workers would take them too
+_PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
+_FRESH: Final = 3.0  # seconds after its last sign of life that a worker counts as stuck
+_UNEVEN: Final = 1.125  # times its share of all connections, and
+_UNEVEN_MIN: Final = 8  # some more, a worker may have before it leaves new ones to the others
+_LOOK_AGAIN: Final = 0.1  # seconds until it looks whether they have caught up
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A way in: a listening socket, what is spoken behind it, and who answers. Without `context` there is no TLS."""
+
+    listener: Listener
+    context: ssl.SSLContext | None
+    services: Services
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A worker's part in a server of several processes."""
+
+    board: Board
+    place: Place
+    control: Control
+    generation: int = 1
+    proxies: Trusted | None = None
+    contexts: Sequence[ssl.SSLContext] = ()  # those whose certificates can be renewed, by number
+    supervisor: Control | None = None  # the other end, of a worker that belongs to no server
+
+    @classmethod
+    def alone(cls) -> "Membership":
+        """Return what a worker has that belongs to no server."""
+        board = Board()
+        ours, other = pair()
+        return cls(board, board.take(os.getpid()), ours, supervisor=other)
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A connection that has been let in. `client` is its address as we know it, or as a trusted proxy says."""
+
+    sock: socket.socket
+    client: tuple[str, int]
+    guest: Guest
+    door: Door
+
+
+class Entrance:
+    """Accepts at all doors. Workers share the queues: who has more than its share of connections leaves them to the others."""
+
+    def __init__(
+        self, doors: Sequence[Door], poller: Poller, kernel: Kernel, membership: Membership, services: Services
+    ) -> None:
+        self._doors = {door.listener: door for door in doors}
+        self._poller = poller
+        self._kernel = kernel
+        self._member = membership
+        self._alone = membership.supervisor is not None
+        self._limits = services.limits
+        self._metrics = services.metrics
+        self._admission = Admission(services.limits, Tally(membership.board, membership.place))
+        self._arrivals: dict[int, tuple[Arrival, Door]] = {}
+        self._accepting = False
+        self._open = 0
+        self.resume_at = NEVER  # monotonic seconds; accepting has been stopped until then
+
+    def open(self) -> None:
+        """Accept from now on."""
+        if not self._accepting and self._doors and not self._full and self.resume_at == NEVER:
+            self._accepting = True
+            for listener in self._doors:
+                self._poller.add(listener, level_triggered=True, shared=True)
+
+    def _pause(self, until: float = NEVER) -> None:
+        self.resume_at = min(self.resume_at, until)
+        if self._accepting:
+            self._accepting = False
+            for listener in self._doors:
+                self._poller.remove(listener)
+
+    def clock(self, now: float) -> None:
+        """Look whether it is time to stop accepting for a while, or to go on."""
+        if now >= self.resume_at:
+            self.resume_at = NEVER
+            self.open()
+        if self._accepting and self._over_share(now):
+            self._pause(now + _LOOK_AGAIN)
+
+    @property
+    def _full(self) -> bool:
+        return self._open + len(self._arrivals) >= self._limits.connections
+
+    def _over_share(self, now: float) -> bool:
+        if self._open <= _UNEVEN_MIN or self._alone:
+            return False
+        own = self._member.place.number
+        others = [
+            place.connections
+            for place in self._member.board.places()
+            if place.number != own and place.state is State.SERVING and place.last_beat > now - _FRESH
+        ]
+        return bool(others) and self._open > (self._open + sum(others)) / (len(others) + 1) * _UNEVEN + _UNEVEN_MIN
+
+    def come_in(self, source: Listener | Arrival, now: float) -> Iterator[Newcomer]:
+        """Yield the connections that come in now: there is something at a listener, or a proxy has said something."""
+        if isinstance(source, Arrival):
+            yield from self._identify(source, now)
+            return
+        for _ in range(_BURST if self._alone else _FEW):
+            if self._full:
+                self._metrics.count("accept_paused:connections")
+                self._pause()  # until one of them ends
+                return
+            try:
+                accepted = source.try_accept()
+            except OSError as exc:
+                self._out_of_descriptors(now, os.strerror(exc.errno or 0))
+                return
+            if accepted is None:
+                return
+            yield from self._accepted(*accepted, self._doors[source], now)
+
+    def _accepted(self, sock: socket.socket, client: tuple[str, int], door: Door, now: float) -> Iterator[Newcomer]:
+        if self._member.proxies is None or client[0] not in self._member.proxies:
+            yield from self._admitted(sock, client, door)
+            return
+        arrival = Arrival(sock, client, self._kernel, now + self._limits.header_timeout)
+        self._arrivals[arrival.fileno()] = arrival, door
+        self._poller.add(arrival)
+        yield from self._identify(arrival, now)
+
+    def _identify(self, arrival: Arrival, now: float) -> Iterator[Newcomer]:
+        fd = arrival.fileno()
+        try:
+            client = arrival.identify(now)
+            if client is None:
+                return
+            self._poller.remove(arrival)
+            _, door = self._arrivals.pop(fd)
+            yield from self._admitted(arrival.sock, client, door)
+        except PeerError as error:
+            self._metrics.count(f"turned_away:{type(error).__name__}")
+            _log.info("%s port %d: %s", *arrival.proxy, error)
+            self._drop(arrival)
+
+    def _drop(self, arrival: Arrival) -> None:
+        del self._arrivals[arrival.fileno()]
+        self._poller.forget(arrival.fileno())
+        arrival.sock.close()
+
+    def _admitted(self, sock: socket.socket, client: tuple[str, int], door: Door) -> Iterator[Newcomer]:
+        who = guest(client[0])
+        limit = self._admission.admit(who)
+        if limit is None:
+            self._count(+1)
+            yield Newcomer(sock, client, who, door)
+            return
+        name = f"turned_away:{limit}"
+        self._metrics.count(name)
+        if self._metrics.counters[name] == 1:
+            key = f"limits.connections_per_{limit}"
+            _log.warning("%s port %d: has as many connections as %s allows; the next ones are only counted", *client, key)
+        sock.close()
+
+    def _out_of_descriptors(self, now: float, why: str) -> None:
+        """Descriptors or memory ran out: new clients wait in the backlog; asking on would only spin."""
+        self._metrics.count("accept_paused:descriptors")
+        if self._metrics.counters["accept_paused:descriptors"] == 1:
+            _log.warning("cannot accept: %s; new clients wait. Raise LimitNOFILE or lower limits.connections", why)
+        self._pause(now + _PAUSE)
+
+    def left(self, who: Guest) -> None:
+        """A connection that came in has ended."""
+        self._admission.leave(who)
+        self._count(-1)
+        self.open()
+
+    def _count(self, change: int) -> None:
+        self._open += change
+        self._member.place.connections = self._open
+
+    def close(self, now: float, *, empty: bool) -> Iterator[Newcomer]:
+        """Close the doors for good; with `empty`, yield first who waits: nobody else may be there to let them in."""
+        for listener in self._doors if empty else ():
+            while True:
+                try:
+                    accepted = listener.try_accept()
+                except OSError:
+                    break  # no descriptors: they are refused
+                if accepted is None:
+                    break
+                yield from self._accepted(*accepted, self._doors[listener], now)
+        self._pause()
+        for listener in self._doors:
+            listener.close()
+        self._doors.clear()
+        for arrival, _ in list(self._arrivals.values()):
+            self._drop(arrival)
+        self.resume_at = NEVER

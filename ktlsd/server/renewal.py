@@ -1,0 +1,86 @@
+"""Certificates that are renewed while we serve: noticed, looked at, and handed to the workers; a bad pair changes nothing."""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from ktlsd.errors import SettingsError
+from ktlsd.files.watch import Watch
+from ktlsd.server.contexts import Pair, expiry_of, load_pem, pem_file, read_pair
+from ktlsd.server.generation import Generation
+
+_log = logging.getLogger("ktlsd")
+_SETTLE: Final = 0.5  # seconds after the last change: a pair is two files
+_PATIENCE: Final = 5.0  # seconds, where changes don't end
+_ANYWAY: Final = 3600.0  # seconds; where changes are not noticed (network file systems) they are found
+
+
+class Renewal:
+    """The supervisor's. `look_at` is when to call `renewed`, monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+        self.look_at = float("inf")
+        self._noticed = 0.0  # when the first change was, since the last look
+        self._pairs: list[Pair] = []
+        self._seen: dict[Pair, bytes] = {}
+
+    def look_after(self, generation: Generation) -> None:
+        """Notice from now on when this generation's certificates change."""
+        self._pairs = generation.pairs
+        self._seen = {pair: _fingerprint(pair) for pair in self._pairs}
+        self.watch.look_after([file for pair in self._pairs for file in pair])
+        self.look_at = time.monotonic() + _ANYWAY
+
+    def noticed(self, now: float) -> None:
+        """Something has happened in a folder with a certificate."""
+        if self.watch.drain():
+            self._noticed = self._noticed or now
+            self.look_at = min(now + _SETTLE, self._noticed + _PATIENCE)
+
+    def renewed(self, generation: Generation | None, now: float) -> Iterator[tuple[int, int]]:
+        """Yield (number of the context, descriptor of its new chain and key) for each pair that has changed and is good.
+
+        The generation's own contexts have them already, for workers still to be forked. The descriptor is the caller's.
+        """
+        self.look_at, self._noticed = now + _ANYWAY, 0.0
+        changed = {pair for pair in self._pairs if _fingerprint(pair) != self._seen.get(pair)}
+        self._seen |= {pair: _fingerprint(pair) for pair in changed}
+        self.watch.look_after([file for pair in self._pairs for file in pair])  # links may lead elsewhere now
+        if generation is None:
+            return
+        for pair in sorted(changed):
+            try:
+                pem = read_pair(pair)
+                fds = [(index, pem_file(pem)) for index, each in enumerate(self._pairs) if each == pair]
+            except SettingsError as error:
+                _log.warning("%s. The old pair stays", error)
+                continue
+            _log.info("certificate %s: renewed", pair.cert)
+            for index, fd in fds:
+                load_pem(generation.contexts[index], fd)
+                yield index, fd
+
+    def expiries(self) -> dict[str, float]:
+        """Return when each certificate ends, seconds since the epoch."""
+        found = {pair.cert: expiry_of(pair.cert) for pair in self._pairs}
+        return {cert: ends for cert, ends in found.items() if ends is not None}
+
+    def close(self) -> None:
+        """Let go."""
+        self.watch.close()
+
+
+def _fingerprint(pair: Pair) -> bytes:
+    """Return what tells two contents of a pair apart; a file that isn't there is different from any that is."""
+    digest = hashlib.sha256()
+    for file in pair:
+        try:
+            with open(file, "rb") as source:
+                digest.update(source.read(1 << 20))
+        except OSError as exc:
+            digest.update(os.strerror(exc.errno or 0).encode())
+    return digest.digest()

@@ -1,0 +1,350 @@
+"""The process that owns the sockets and the workers: starts them, watches them, replaces them, and never serves itself.
+
+A reload, an upgrade and a crash are the same thing to it: a worker that is wanted and not there is forked, one that is there
+and not wanted is told to leave.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from ktlsd.errors import KtlsdError, StartError
+from ktlsd.net import control, listeners
+from ktlsd.net.notify import Notifier
+from ktlsd.net.poller import Event, Poller
+from ktlsd.server import process, told
+from ktlsd.server.board import Board, State
+from ktlsd.server.crew import Crew, Hand
+from ktlsd.server.generation import Generation, prepare
+from ktlsd.server.metrics import Metrics, Report
+from ktlsd.server.renewal import Renewal
+from ktlsd.server.sockets import Sockets
+from ktlsd.server.upgrade import Upgrade, take_state
+from ktlsd.server.waker import NEVER, Waker
+from ktlsd.settings import Settings
+
+_log = logging.getLogger("ktlsd")
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+_QUICK: Final = 10.0  # seconds; a worker that lived less has crashed at once
+_BACK_OFF: Final = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before the next one, by how many did so
+
+
+class Supervisor:
+    """`run` returns when the last worker has ended."""
+
+    def __init__(self, load: Callable[[], Settings], announce: Callable[[str], None]) -> None:
+        """`load` reads the settings, again for every reload. Raises StartError."""
+        self._load = load
+        self._announce = announce
+        self._notifier = Notifier()
+        self._poller = Poller()
+        self._waker = Waker()
+        self._metrics = Metrics()
+        self._generation: Generation | None = None
+        self._next: Generation | None = None  # whose workers are starting
+        self._reload_again = False
+        self._crashes = 0
+        self._fork_at = 0.0
+        self._tick_at = 0.0
+        self._ticked = 0.0
+        self._stopping = False
+        self._upgrade = Upgrade()
+        self._renewal = Renewal()
+        self._board = Board()
+        self._place = self._board.take(os.getpid())
+        self._place.state = State.LEAVING  # it takes no connections
+        self._crew = Crew(self._poller, self._board, self._metrics, _SIGNALS)
+        state = take_state(os.environ)
+        if state is None:
+            self._sockets = Sockets(listeners.inherited(os.environ))
+        else:
+            self._sockets = Sockets.take_over(state.sockets)
+            self._metrics.counters.update(state.counters)
+            self._crew.adopt(state.workers, time.monotonic())
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until told to stop. Raises SettingsError, StartError before the first worker is ready."""
+        process.forbid_core_dumps()
+        self._generation = prepare(self._load(), self._sockets, 1)
+        self._waker.hook(_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # an upgrade has blocked them
+        self._poller.add(self._waker, level_triggered=True)
+        if self._renewal.watch.works:
+            self._poller.add(self._renewal.watch, level_triggered=True)
+        for line in told.lines(self._generation):
+            self._announce(line)
+        self._renewal.look_after(self._generation)
+        while len(self._crew) or not self._stopping:
+            now = time.monotonic()
+            self._act(now)
+            ready = self._poller.wait(now, self._next_moment())
+            now = time.monotonic()
+            for event in self._poller.events(ready, now):
+                self._event(event, now)
+        self._sockets.close()
+        _log.info("stopped")
+
+    def _event(self, event: Event, now: float) -> None:
+        if event.source is self._waker:
+            for number in self._waker.drain():
+                self._signal(number, now)
+        elif event.source is self._renewal.watch:
+            self._renewal.noticed(now)
+        else:
+            hand = self._crew.heard_at(event.source)
+            if hand is not None:
+                self._heard(hand, now)
+
+    def _next_moment(self) -> float:
+        kills = min((hand.kill_at for hand in self._crew), default=NEVER)
+        return min(self._tick_at, self._renewal.look_at, self._fork_at if self._missing else NEVER, kills)
+
+    def _act(self, now: float) -> None:
+        """Everything that time has made due."""
+        if now >= self._tick_at:
+            self._tick(now)
+        if now >= self._renewal.look_at:
+            self._renew(now)
+        for hand in self._crew:
+            if now >= hand.kill_at:
+                _log.warning("worker %d does not end: killed", hand.pid)
+                self._crew.kill(hand)
+        while self._missing and now >= self._fork_at:
+            self._start(now)
+
+    def _signal(self, number: int, now: float) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self._stop(now)
+        elif number == signal.SIGHUP:
+            self._reload(now)
+        elif number == signal.SIGUSR1:
+            self._reopen_log()
+        elif number == signal.SIGUSR2:
+            self._begin_upgrade()
+        elif number == signal.SIGCHLD:
+            self._reap(now)
+
+    # --- workers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _wanted(self) -> Generation:
+        """The generation that is to serve."""
+        wanted = self._next or self._generation
+        assert wanted is not None
+        return wanted
+
+    @property
+    def _missing(self) -> bool:
+        """Whether there are fewer workers than there shall be."""
+        if self._stopping:
+            return False
+        return len(self._crew.of(self._wanted)) < self._wanted.workers
+
+    def _start(self, now: float) -> None:
+        try:
+            self._crew.fork(self._wanted, now, self._let_go)
+        except (OSError, StartError) as exc:  # no memory, too many processes: later, perhaps
+            _log.error("cannot start a worker: %s", exc.strerror if isinstance(exc, OSError) else exc)
+            self._fork_at = now + _BACK_OFF[-1]
+
+    def _let_go(self) -> None:
+        """In a new worker: close what is only the supervisor's, and sockets of other generations: they must be able to end."""
+        self._sockets.commit(self._wanted.names)
+        for each in (self._poller, self._waker, self._notifier, self._renewal):
+            each.close()
+
+    def _heard(self, hand: Hand, now: float) -> None:
+        for message in hand.control.receive():
+            control.close_all(message.fds)
+            if message.word == "ready":
+                hand.ready = True
+                self._check_ready(now)
+            elif not message.word:  # it ends, or is dead: SIGCHLD tells
+                self._poller.remove(hand.control)
+
+    def _check_ready(self, now: float) -> None:
+        """Go over to the next generation when all its workers are there."""
+        if sum(hand.ready for hand in self._crew.of(self._wanted)) < self._wanted.workers or self._stopping:
+            return
+        if self._next is not None:
+            old, self._generation, self._next = self._generation, self._next, None
+            self._sockets.commit(self._generation.names)
+            if old is not None:
+                self._hand_on_log(old, self._generation)
+                old.close()
+            self._renewal.look_after(self._generation)
+            self._metrics.count("reloads")
+            _log.info("reloaded: generation %d serves", self._generation.number)
+        for hand in self._crew:
+            if hand.generation is not self._generation and not hand.leaving:
+                self._crew.retire(hand, self._wanted.settings.limits.retire_timeout, now)
+        self._tell_ready()
+        if self._reload_again:
+            self._reload_again = False
+            self._reload(now)
+
+    def _tell_ready(self) -> None:
+        generation = self._generation
+        assert generation is not None
+        encrypts = f"in userspace ({generation.policy.off})" if generation.policy.off else "in the kernel"
+        self._notifier.tell("READY=1", f"STATUS=Generation {generation.number}: {generation.workers} workers, TLS {encrypts}")
+
+    def _reap(self, now: float) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            if pid == self._upgrade.pid:
+                self._finish_upgrade(code)
+            elif hand := self._crew.bury(pid):
+                self._buried(hand, code, now)
+
+    def _buried(self, hand: Hand, code: int, now: float) -> None:
+        """A worker has ended: decide what that means."""
+        if hand.leaving or self._stopping:
+            if code:
+                _log.warning("worker %d, which was leaving, ended with %s", hand.pid, _named(code))
+            return
+        self._metrics.count(f"worker_deaths:{_named(code)}")
+        if self._next is not None and hand.generation is self._next:
+            self._abandon_reload(f"a new worker ended with {_named(code)} before it could serve")
+            return
+        if not hand.ready and not any(each.ready for each in self._crew):
+            self._stopping = True
+            raise StartError(f"a worker ended with {_named(code)} before it could serve; see above")
+        self._crashes = self._crashes + 1 if now - hand.started < _QUICK else 1
+        pause = _BACK_OFF[min(self._crashes, len(_BACK_OFF) - 1)]
+        self._fork_at = max(self._fork_at, now + pause)
+        again = f"in {pause:g} seconds" if pause else "at once"
+        _log.error("worker %d ended with %s; a new one is started %s", hand.pid, _named(code), again)
+
+    # --- the clock -------------------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        """Look for workers that are stuck; tell the service manager that somebody serves."""
+        stall = self._wanted.settings.limits.stall_timeout
+        period = min(stall / 3, self._notifier.watchdog / 2 if self._notifier.watchdog is not None else NEVER, 10.0)
+        late, self._ticked = self._ticked and now - self._ticked > 2 * period, now
+        self._tick_at = now + period
+        alive = False
+        for hand in self._crew:
+            if hand.place is None or late:  # we were stopped ourselves, so perhaps was everybody
+                alive = True
+            elif now - max(hand.place.last_beat, hand.started) <= stall:
+                alive = alive or hand.ready
+            else:
+                _log.error("worker %d shows no sign of life for %g seconds: killed", hand.pid, stall)
+                self._metrics.count("worker_stalls")
+                self._crew.kill(hand)
+        if alive:
+            self._notifier.tell("WATCHDOG=1")
+        self._publish()
+
+    def _publish(self) -> None:
+        report = Report(0, dict(self._metrics.counters), self._metrics.reads, self._metrics.read_seconds)
+        report.certificates = self._renewal.expiries()
+        self._place.publish(msgspec.json.encode(report))
+        self._place.beat(time.monotonic())
+
+    def _renew(self, now: float) -> None:
+        """Certificates may have changed: serve the new ones, if they are any good."""
+        for index, fd in self._renewal.renewed(self._generation, now):
+            for hand in self._crew.of(self._generation):
+                hand.control.send("certificate", index, (fd,))
+            os.close(fd)
+            self._metrics.count("certificates_renewed")
+        self._publish()
+
+    # --- being told ------------------------------------------------------------------------------------------------
+
+    def _reload(self, now: float) -> None:
+        """Read the settings again and carry them out beside the old ones; those go on until the new ones serve."""
+        if self._stopping:
+            return
+        if self._next is not None or not self._generation or not any(hand.ready for hand in self._crew.of(self._generation)):
+            self._reload_again = True
+            return
+        self._notifier.reloading()
+        self._reopen_log()  # what moves logs away may know of SIGHUP only
+        try:
+            self._next = prepare(self._load(), self._sockets, self._generation.number + 1, self._generation)
+        except KtlsdError as error:
+            self._refused_reload(str(error))
+            return
+        self._crashes, self._fork_at = 0, now
+
+    def _refused_reload(self, why: str) -> None:
+        self._metrics.count("reloads_refused")
+        _log.error("reload: %s. The old configuration stays", why)
+        self._notifier.tell("READY=1", f"STATUS=Reload refused: {why}")
+
+    def _abandon_reload(self, why: str) -> None:
+        assert self._next is not None
+        for hand in self._crew.of(self._next):
+            hand.leaving, hand.kill_at = True, 0.0
+        self._sockets.rollback()
+        self._next.close()
+        self._next = None
+        self._refused_reload(why)
+
+    def _hand_on_log(self, old: Generation, new: Generation) -> None:
+        """If the log is the same one, it may have been moved away: workers that leave go on where the new ones write."""
+        if new.access_log.fd >= 0 and old.settings.log == new.settings.log:
+            for hand in self._crew.of(old):
+                hand.control.send("log", 0, (new.access_log.fd,))
+
+    def _reopen_log(self) -> None:
+        """The access log has been moved away: go on in a new file of its name."""
+        for generation in {id(g): g for g in (self._generation, self._next) if g is not None}.values():
+            generation.access_log.reopen()
+            for hand in self._crew if generation.access_log.fd >= 0 else ():
+                if hand.generation is generation:
+                    hand.control.send("log", 0, (generation.access_log.fd,))
+        _log.info("access log opened anew")
+
+    def _stop(self, now: float) -> None:
+        """Finish what is running; told again, end at once."""
+        at_once, self._stopping = self._stopping, True
+        self._notifier.tell("STOPPING=1", "STATUS=Finishing what is running")
+        self._sockets.close()
+        self._crew.stop(self._wanted.settings.limits.drain_timeout, now, at_once=at_once)
+
+    # --- another program in this process ---------------------------------------------------------------------------
+
+    def _begin_upgrade(self) -> None:
+        """See in a process of its own whether the new program would start; SIGCHLD tells."""
+        if self._next is None and not self._stopping and self._upgrade.begin():
+            _log.info("upgrade: trying the new program")
+
+    def _finish_upgrade(self, code: int) -> None:
+        self._upgrade.pid = None
+        if code or self._next is not None or self._stopping:
+            _log.error("upgrade: the new program would not start (%s; see above). The old one goes on", _named(code))
+            self._metrics.count("upgrades_refused")
+            return
+        self._metrics.count("upgrades")
+        _log.info("upgrade: the new program takes over")
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        workers = {hand.pid: hand.control for hand in self._crew}
+        self._upgrade.execute(self._sockets, workers, dict(self._metrics.counters))
+
+
+def _named(code: int) -> str:
+    """Return an exit status as people know it."""
+    if code < 0:
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"signal {-code}"
+    return f"status {code}"

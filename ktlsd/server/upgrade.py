@@ -1,0 +1,89 @@
+"""Another version of the program in the same process: the sockets stay open, the workers stay its children.
+
+First the new program is asked, in a process of its own, whether it would start. Then this one becomes it (exec): the
+process number stays, and what systemd or a pid file knows remains true. What the new program must know lies in a memfd.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from ktlsd.net.control import Control
+from ktlsd.server.sockets import Sockets
+
+_log = logging.getLogger("ktlsd")
+_VARIABLE: Final = "KTLSD_STATE"
+_LAYOUT: Final = 1
+_MAX: Final = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What one program leaves to the next. Descriptors by number."""
+
+    layout: int
+    sockets: dict[str, dict[str, list[int]]]
+    workers: dict[int, int]  # process number -> descriptor of its control
+    counters: dict[str, int]
+
+
+def take_state(environment: Mapping[str, str]) -> State | None:
+    """Return what the program before us in this process has left, None if there was none."""
+    number = os.environ.pop(_VARIABLE, "") if environment is os.environ else environment.get(_VARIABLE, "")
+    if not number.isdecimal():
+        return None
+    with open(int(number), "rb") as file:
+        file.seek(0)
+        state = json.loads(file.read(_MAX))
+    if state.pop("layout") != _LAYOUT:
+        _log.warning("upgrade: the program before this one left something unknown; its workers end by themselves")
+        return None
+    workers = {int(pid): fd for pid, fd in state.pop("workers").items()}
+    for fd in workers.values():
+        os.set_inheritable(fd, False)
+    return State(_LAYOUT, workers=workers, **state)
+
+
+class Upgrade:
+    """The supervisor's."""
+
+    def __init__(self) -> None:
+        self.pid: int | None = None  # of the process in which the new program is tried
+
+    def begin(self) -> bool:
+        """Try whether the new program would start; whether that could be begun. Its end is the caller's to wait for."""
+        if self.pid is not None:
+            return False
+        try:
+            self.pid = os.posix_spawn(sys.executable, [*_command(), "--check"], _environment())
+        except OSError as exc:
+            _log.error("upgrade: cannot start %s: %s", sys.executable, exc.strerror)
+            return False
+        return True
+
+    def execute(self, sockets: Sockets, workers: Mapping[int, Control], counters: dict[str, int]) -> None:
+        """Become the new program. Returns only if that fails: everything is as it was then."""
+        for control in workers.values():
+            os.set_inheritable(control.fileno(), True)
+        fds = {pid: control.fileno() for pid, control in workers.items()}
+        state = State(_LAYOUT, sockets.hand_over(), fds, counters)
+        fd = os.memfd_create("ktlsd-state", 0)
+        os.write(fd, json.dumps(asdict(state)).encode())
+        try:
+            os.execve(sys.executable, _command(), {**_environment(), _VARIABLE: str(fd)})  # noqa: S606  # no shell is wanted
+        except OSError as exc:
+            os.close(fd)
+            _log.error("upgrade: cannot become %s: %s", sys.executable, exc.strerror)
+
+
+def _command() -> list[str]:
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def _environment() -> dict[str, str]:
+    """Return ours without what was only for us: sockets that systemd opened are in the state."""
+    return {key: value for key, value in os.environ.items() if key not in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
