@@ -17,6 +17,10 @@ def leaf() -> trustme.LeafCert:
     return authority().issue_cert("localhost", "127.0.0.1", "::1", key_type=trustme.KeyType.ECDSA)
 
 
+def ca_text() -> str:
+    return authority().cert_pem.bytes().decode()
+
+
 def write(directory: Path) -> tuple[Path, Path, Path]:
     """Write ca.pem, cert.pem and key.pem; return their paths."""
     ca, cert, key = directory / "ca.pem", directory / "cert.pem", directory / "key.pem"

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ktlsd.net import handover
@@ -19,7 +20,8 @@ from ktlsd.net.kernel import Kernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.net.listeners import Listener
 from ktlsd.server.accesslog import AccessLog
-from ktlsd.server.entrance import Door
+from ktlsd.server.admission import Trusted
+from ktlsd.server.entrance import Door, Membership
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Responder
 from ktlsd.server.services import Services
@@ -35,7 +37,7 @@ class ThreadServer:
     def __init__(
         self, root: Path, kernel: Kernel | None, *, limits: Limits | None = None, send_buffer: int | None = None,
         facts: handover.KernelFacts | None = None, log_file: Path | None = None, settings: Settings | None = None,
-        context: ssl.SSLContext | None = None, **policy: object,
+        context: ssl.SSLContext | None = None, proxies: tuple[str, ...] = (), **policy: object,
     ) -> None:  # fmt: skip
         sock = socket.create_server(("127.0.0.1", 0))
         if send_buffer:
@@ -57,7 +59,9 @@ class ThreadServer:
             keylog = KeyLogPipe()
             keylog.attach(self.context)
             made = HandoverPolicy(facts or handover.probe(kernel), **policy)
-        self.worker = Worker([Door(Listener(sock), self.context, services)], kernel, made, services, keylog=keylog)
+        member = replace(Membership.alone(), proxies=Trusted(proxies) if proxies else None)
+        doors = [Door(Listener(sock), self.context, services)]
+        self.worker = Worker(doors, kernel, made, services, keylog=keylog, membership=member)
         self._thread = threading.Thread(target=self.worker.run, daemon=True)
 
     def __enter__(self) -> "ThreadServer":

@@ -55,7 +55,7 @@ class Connection:
 
     __slots__ = (
         "_channel", "_client", "_complaint", "_faulted", "_fd", "_http", "_jobs", "_key_updates", "_key_updates_seen",
-        "_leave", "_ledger", "_mode", "_progress", "_progress_due", "_rate", "_sent", "_services", "_stage", "_unacknowledged",
+        "_leave", "_ledger", "_mode", "_paced", "_progress", "_progress_due", "_rate", "_sent", "_services", "_stage", "_unacknowledged",
         "deadline", "draining", "guest", "spent",
     )  # fmt: skip
 
@@ -77,6 +77,7 @@ class Connection:
         self._unacknowledged = 0
         self._complaint: str | None = None
         self._mode = Mode.HANDSHAKE
+        self._paced: int | None = None
         self._sent = 0  # bytes that the channel has accepted
         self._rate = MinimumRate(services.limits) if services.limits.min_rate is not None else None
         self.deadline = now + services.limits.handshake_timeout
@@ -95,7 +96,8 @@ class Connection:
 
     def pace(self, rate: int | None) -> None:
         """Send at most so many bytes a second from now on; None for no limit."""
-        if self._stage is not _Stage.CLOSED:
+        if rate != self._paced and self._stage is not _Stage.CLOSED:
+            self._paced = rate
             self._channel.pace(rate)
 
     # --- the one function ------------------------------------------------------------------------------------------

@@ -57,6 +57,13 @@ class Membership:
         ours, other = pair()
         return cls(board, board.take(os.getpid()), ours, supervisor=other)
 
+    def leave(self) -> None:
+        """The worker has ended."""
+        self.control.close()
+        if self.supervisor is not None:
+            self.supervisor.close()
+            self.board.close()
+
 
 @dataclass(frozen=True, slots=True)
 class Newcomer:

@@ -10,6 +10,7 @@ from typing import Final
 INTERVAL: Final = 1.0  # seconds between two reckonings
 _STEADY: Final = 1.1  # room to grow for a client whose rate does not change
 _GROWING: Final = 2.0  # and for one whose rate has grown by a tenth
+_AT_THE_LEVEL: Final = 0.85  # of what it may send: such a client is held back
 _FOOTHOLD: Final = 0.02  # part of the pipe, shared by all, that even a client with next to nothing has room to grow into
 
 
@@ -37,6 +38,7 @@ class Shares:
         self._active: dict[bytes, set[int]] = {}
         self._since: float | None = None
         self._before: dict[str, float] = {}
+        self._level: float | None = None  # what a client may send, if anybody is held back
 
     def sent(self, client: bytes, fd: int, count: int) -> None:
         """A connection of this client has sent something."""
@@ -48,11 +50,6 @@ class Shares:
         if self._since is None:
             self._since = now
         return now >= self._since + INTERVAL
-
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing was sent since the last reckoning."""
-        return not self._sent and not self._before
 
     def rates(self, now: float) -> dict[str, tuple[float, int]]:
         """Return what was sent here since the last time, by client: bytes a second and connections; and begin anew."""
@@ -76,10 +73,13 @@ class Shares:
         foothold = self._pipe * _FOOTHOLD / max(len(rates), 1)
         demands = {}
         for name, rate in rates.items():
+            if self._level is not None and rate > _AT_THE_LEVEL * self._level:
+                demands[name] = self._pipe  # held back: it wants more, nobody knows how much
+                continue
             growing = rate > 1.1 * self._before.get(name, 0.0)
             demands[name] = max(rate * (_GROWING if growing else _STEADY), foothold)
         self._before = rates
-        level = fair_level(demands, self._pipe)
+        self._level = level = fair_level(demands, self._pipe)
         if level is None:
             return None
         return {name: max(int(level / count), 1) for name, count in connections.items()}

@@ -7,7 +7,7 @@ single one. What is over waits here until the next round, behind those of the sa
 from collections import deque
 from typing import Final
 
-from ktlsd.net.poller import Event
+from ktlsd.net.poller import Event, Source
 
 _QUOTA: Final = 4 << 20  # bytes a client may send in a round
 _LEAST: Final = 65_536  # bytes that a turn counts for even if it sends nothing
@@ -17,7 +17,7 @@ class Turns:
     """Connections that have something to do, by client."""
 
     def __init__(self) -> None:
-        self._queues: dict[bytes, deque[int]] = {}
+        self._queues: dict[bytes, deque[Source]] = {}
         self._events: dict[int, Event] = {}
 
     def __bool__(self) -> bool:
@@ -28,11 +28,10 @@ class Turns:
         fd = event.source.fileno()
         before = self._events.get(fd)
         if before is None or before.source is not event.source:
-            if before is None:
-                queue = self._queues.get(client)
-                if queue is None:
-                    queue = self._queues[client] = deque()
-                queue.append(fd)
+            queue = self._queues.get(client)
+            if queue is None:
+                queue = self._queues[client] = deque()
+            queue.append(event.source)
             self._events[fd] = event
             return
         self._events[fd] = Event(
@@ -54,8 +53,10 @@ class Turns:
         """Return this client's next event, None if there is none."""
         queue = self._queues[client]
         while queue:
-            event = self._events.pop(queue.popleft(), None)
-            if event is not None:
+            source = queue.popleft()
+            event = self._events.get(source.fileno())
+            if event is not None and event.source is source:  # it may have ended, and its number be another's
+                del self._events[source.fileno()]
                 return event
         del self._queues[client]
         return None

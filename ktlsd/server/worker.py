@@ -170,9 +170,9 @@ class Worker:
         else:
             session = Session(new.door.context)
             channel = Channel(new.sock, session, self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
-        if self._limits.bandwidth_per_connection is not None:
-            channel.pace(self._limits.bandwidth_per_connection)
-        return Connection(channel, new.client, new.guest, new.door.services, now)
+        connection = Connection(channel, new.client, new.guest, new.door.services, now)
+        connection.pace(self._limits.bandwidth_per_connection)
+        return connection
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
@@ -298,4 +298,5 @@ class Worker:
         self._memory.close()
         self._poller.close()
         self.waker.close()
+        self._member.leave()
         _log.info("served: %s", self._metrics.summary())
