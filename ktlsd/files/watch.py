@@ -69,7 +69,8 @@ def _folders_of(file: str) -> set[str]:
     path = os.path.abspath(file)
     for _ in range(_MAX_LINKS):
         folders.add(os.path.dirname(path))
-        link = next((str(part) for part in (*reversed(Path(path).parents), path) if os.path.islink(part)), None)
+        parts = [*map(str, reversed(Path(path).parents)), path]
+        link = next((part for part in parts if os.path.islink(part)), None)
         if link is None:
             break
         folders.add(os.path.dirname(link))

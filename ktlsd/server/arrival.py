@@ -23,15 +23,17 @@ class Arrival:
         """The socket's descriptor."""
         return self.sock.fileno()
 
-    def identify(self, now: float) -> tuple[str, int] | None:
+    def identify(self, now: float, *, ended: bool = False) -> tuple[str, int] | None:
         """Return who the client is, None while the header is not whole. What follows it stays in the socket.
+
+        `ended`: nothing more will come.
 
         Raises ProxyHeaderError, PeerTruncated, Overdue.
         """
         data = self._kernel.peek(self.sock, proxy_protocol.MAX_HEADER)
-        if data == b"":
-            raise PeerTruncated("the proxy left before it said who its client is")
         header = proxy_protocol.parse(data) if data else None
+        if data == b"" or (ended and header is None):
+            raise PeerTruncated("the proxy left before it said who its client is")
         if header is None:
             if now >= self.deadline:
                 raise Overdue("no PROXY protocol header in time")

@@ -55,8 +55,8 @@ class Connection:
 
     __slots__ = (
         "_channel", "_client", "_complaint", "_faulted", "_fd", "_http", "_jobs", "_key_updates", "_key_updates_seen",
-        "_leave", "_ledger", "_mode", "_paced", "_progress", "_progress_due", "_rate", "_sent", "_services", "_stage", "_unacknowledged",
-        "deadline", "draining", "guest", "spent",
+        "_leave", "_ledger", "_mode", "_paced", "_progress", "_progress_due", "_rate", "_sent", "_services", "_stage",
+        "_unacknowledged", "deadline", "draining", "guest", "spent",
     )  # fmt: skip
 
     def __init__(self, channel: PlainChannel, client: tuple[str, int], guest: Guest, services: Services, now: float) -> None:

@@ -131,10 +131,10 @@ class Entrance:
         ]
         return bool(others) and self._open > (self._open + sum(others)) / (len(others) + 1) * _UNEVEN + _UNEVEN_MIN
 
-    def come_in(self, source: Listener | Arrival, now: float) -> Iterator[Newcomer]:
+    def come_in(self, source: Listener | Arrival, now: float, *, ended: bool = False) -> Iterator[Newcomer]:
         """Yield the connections that come in now: there is something at a listener, or a proxy has said something."""
         if isinstance(source, Arrival):
-            yield from self._identify(source, now)
+            yield from self._identify(source, now, ended=ended)
             return
         for _ in range(_BURST if self._alone else _FEW):
             if self._full:
@@ -159,10 +159,10 @@ class Entrance:
         self._poller.add(arrival)
         yield from self._identify(arrival, now)
 
-    def _identify(self, arrival: Arrival, now: float) -> Iterator[Newcomer]:
+    def _identify(self, arrival: Arrival, now: float, *, ended: bool = False) -> Iterator[Newcomer]:
         fd = arrival.fileno()
         try:
-            client = arrival.identify(now)
+            client = arrival.identify(now, ended=ended)
             if client is None:
                 return
             self._poller.remove(arrival)

@@ -71,7 +71,7 @@ class Shares:
                 rates[name] = rates.get(name, 0.0) + rate
                 connections[name] = connections.get(name, 0) + count
         foothold = self._pipe * _FOOTHOLD / max(len(rates), 1)
-        demands = {}
+        demands: dict[str, float] = {}
         for name, rate in rates.items():
             if self._level is not None and rate > _AT_THE_LEVEL * self._level:
                 demands[name] = self._pipe  # held back: it wants more, nobody knows how much

@@ -87,7 +87,7 @@ class Worker:
                 if isinstance(event.source, Connection):
                     self._turns.add(event.source.guest.client, event)
                 elif isinstance(event.source, Listener | Arrival):
-                    for new in self._entrance.come_in(event.source, now):
+                    for new in self._entrance.come_in(event.source, now, ended=event.ended):
                         self._welcome(new, now)
                 else:
                     self._woken(event, now)

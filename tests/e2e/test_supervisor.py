@@ -463,7 +463,8 @@ def test_sockets_that_systemd_opened_are_used_and_it_is_told(folder):
         os.set_inheritable(fd, True)
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(fd), "--config", "k.toml"], cwd=folder, pass_fds=[fd],
-            env={**os.environ, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "https", "NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": "500000"},
+            env={**os.environ, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "https", "NOTIFY_SOCKET": str(notify),
+                 "WATCHDOG_USEC": "500000"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         os.close(fd)

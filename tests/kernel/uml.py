@@ -1,7 +1,8 @@
 """Run a command under another Linux kernel: User Mode Linux, a kernel that is an ordinary process.
 
 The command sees this machine's file system through an overlay; what it writes is lost, but for the folder it finds in
-$KTLSD_UML_OUT. Needs nothing but the kernel binary (Debian: apt-get install user-mode-linux) and this Python.
+$KTLSD_UML_OUT. Needs nothing but the kernel binary (Debian: apt-get install user-mode-linux) and this Python; with
+`systemd=True` also this machine's systemd, which is process 1 there, and the command is a service of its.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 DEBIAN = "/usr/bin/linux.uml"
+SYSTEMD = "/lib/systemd/systemd"
 INIT = Path(__file__).with_name("uml_init.py")
 
 
@@ -32,21 +34,26 @@ def run(
     env: Mapping[str, str],
     timeout: float,
     memory: str = "2G",
+    systemd: bool = False,
     on_line: Callable[[str], None] = lambda line: None,
     out: Path | None = None,
 ) -> int:
     """Run `command` in the present folder under `kernel`; return its exit status, 124 after `timeout` seconds.
 
-    `on_line` gets each line it prints. What it left in $KTLSD_UML_OUT is copied to `out`.
+    `on_line` gets each line it prints. What it left in $KTLSD_UML_OUT is copied to `out`. With `systemd` it finds
+    KTLSD_UML_SYSTEMD=1 in its environment.
     """
     with tempfile.TemporaryDirectory(prefix="ktlsd-uml-", dir="/var/tmp") as name:
         job = Path(name)
         (job / "out").mkdir()
         inner = {"HOME": "/root", "TERM": "dumb", "TMPDIR": "/dev/shm", "KTLSD_UML_OUT": "/mnt/job/out", **env}
-        (job / "job.json").write_text(json.dumps({"cwd": os.getcwd(), "command": list(command), "env": inner}))
+        if systemd:
+            inner["KTLSD_UML_SYSTEMD"] = "1"
+        work = {"cwd": os.getcwd(), "command": list(command), "env": inner, "systemd": SYSTEMD if systemd else None}
+        (job / "job.json").write_text(json.dumps(work))
         init = job / "init"
-        # The kernel gives init no arguments of ours, so a script names the interpreter.
-        init.write_text(f"#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I -S {INIT}\n")
+        # The kernel gives init no arguments of ours, so a script names the interpreter. (systemd's job has one: "job".)
+        init.write_text(f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I -S {INIT} "$@"\n')
         init.chmod(0o755)
         arguments = [
             kernel, "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"mem={memory}", f"init={init}",
@@ -84,9 +91,11 @@ if __name__ == "__main__":
     parser.add_argument("--kernel", default=kernel_file())
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--mem", default="2G")
+    parser.add_argument("--systemd", action="store_true", help="systemd is process 1, the command a service")
     parser.add_argument("command", nargs="+")
     asked = parser.parse_args()
     if not asked.kernel:
         sys.exit("no kernel: apt-get install user-mode-linux")
     kept = {k: v for k, v in os.environ.items() if k.startswith("KTLSD_") or k == "PATH"}
-    sys.exit(run(asked.kernel, asked.command, env=kept, timeout=asked.timeout, memory=asked.mem, on_line=print))
+    limits = {"timeout": asked.timeout, "memory": asked.mem}
+    sys.exit(run(asked.kernel, asked.command, env=kept, systemd=asked.systemd, on_line=print, **limits))

@@ -11,7 +11,8 @@ from ktlsd import settings
 DOCS = Path(__file__).parents[2] / "docs"
 SECTIONS = {
     "Top level": settings.Settings, "[tls]": settings.Tls, "[ktls]": settings.Ktls, "[limits]": settings.Limits,
-    "[process]": settings.Process, "[metrics]": settings.MetricsListener, "[log]": settings.Log, "[files]": settings.Files, "[[rule]]": settings.Rule, "[[site]]": settings.Site,
+    "[process]": settings.Process, "[metrics]": settings.MetricsListener, "[log]": settings.Log,
+    "[files]": settings.Files, "[[rule]]": settings.Rule, "[[site]]": settings.Site,
     "[[http]]": settings.Http,
 }  # fmt: skip
 TABLES = {"process", "metrics", "tls", "ktls", "limits", "log", "files", "rule", "site", "http"}  # sections of their own
