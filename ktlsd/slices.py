@@ -2,10 +2,25 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+FIRST_WINDOW: Final = 1 << 20  # bytes read ahead of a download that has to wait for a disk, the first time
 FRAME_HEADER: Final = 9  # bytes, RFC 9113 §4.1
+
+
+@dataclass(slots=True)
+class Residency:
+    """What is known of a file's being in memory, for one response or one connection's."""
+
+    asks: bool = True  # whether to ask before reading if that would have to wait for the disk
+    warm_from: int = 0  # from here to `warm_to` it has been read into memory for us
+    warm_to: int = 0
+    window: int = FIRST_WINDOW  # bytes to read the next time
+
+    def is_warm(self, offset: int) -> bool:
+        """Whether there is no need to ask."""
+        return not self.asks or self.warm_from <= offset < self.warm_to
 
 
 @dataclass(slots=True)
@@ -21,9 +36,7 @@ class OpenFile:
     ctime_ns: int = 0  # when its inode last changed: nobody can set that back
     identity: tuple[int, int] | None = None  # device and inode, by which it is known again when it is opened again
     sent_before: bool = False  # some of it has been sent already
-    warm_from: int = 0  # from here to `warm_to` it has been read into memory for us
-    warm_to: int = 0
-    asks: bool = True  # whether to ask before reading if that would have to wait for the disk
+    residency: Residency = field(default_factory=Residency)
     holders: int = 1
     close_fd: Callable[[int], None] = os.close
 

@@ -45,6 +45,11 @@ RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
 open_how: Final = Struct("=QQQ")  # flags, mode, resolve
 
+# linux/mman.h, asm/unistd.h
+SYS_cachestat: Final = 451  # since 6.5
+cachestat_range: Final = Struct("=QQ")  # off, len
+cachestat: Final = Struct("=QQQQQ")  # nr_cache, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted
+
 # linux/prctl.h
 PR_SET_DUMPABLE: Final = 4
 PR_SET_NO_NEW_PRIVS: Final = 38  # since 3.5

@@ -101,7 +101,7 @@ def calls_of(server: Program, size: int) -> dict[str, int] | None:
         return None
     with tempfile.NamedTemporaryFile() as report:
         tracer = subprocess.Popen(
-            ["strace", "-f", "-c", "-o", report.name, "-p", str(server.process.pid)], stderr=subprocess.PIPE, text=True
+            ["strace", "-f", "-c", "-o", report.name, "-p", str(server.workers()[0])], stderr=subprocess.PIPE, text=True
         )
         assert tracer.stderr is not None
         tracer.stderr.readline()  # "attached"
@@ -126,7 +126,7 @@ def served(size: int) -> Iterator[Path]:
 
 
 def serve(folder: Path, ktls: str):
-    return program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", ktls, cwd=folder)
+    return program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", ktls, "--workers", "1", cwd=folder)
 
 
 def calls(size: int) -> dict[str, int]:
@@ -149,12 +149,12 @@ def cost(size: int, rounds: int) -> dict[str, dict[str, float]]:
                 if mode in out:
                     continue
                 download(server.port)
-                before, spent = cpu_seconds(server.process.pid), 0.0
+                before, spent = cpu_seconds(server.workers()[0]), 0.0
                 for _ in range(rounds):
                     taken, seconds = download(server.port)
                     assert taken > size, "the download is not whole"
                     spent += seconds
-                user, system = (b - a for a, b in zip(before, cpu_seconds(server.process.pid), strict=True))
+                user, system = (b - a for a, b in zip(before, cpu_seconds(server.workers()[0]), strict=True))
                 gigabytes = size * rounds / 1e9
                 out[mode] = {"user": user / gigabytes, "system": system / gigabytes, "seconds": spent / gigabytes}
                 calls = calls_of(server, size)
@@ -256,7 +256,7 @@ def http2(size: int, rounds: int, streams: int) -> dict[str, float]:
 
         def ours(name: str, *lines: str) -> Program:
             (folder / f"{name}.toml").write_text("\n".join(lines))
-            arguments = ["root", "--cert", "cert.pem", "--key", "key.pem", "--config", f"{name}.toml"]
+            arguments = ["root", "--cert", "cert.pem", "--key", "key.pem", "--config", f"{name}.toml", "--workers", "1"]
             return stack.enter_context(program(*arguments, cwd=folder))
 
         first = ours("default")

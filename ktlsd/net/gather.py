@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 
 from ktlsd.errors import FileCold, FileTruncated
+from ktlsd.net.pages import IOV_MAX
+from ktlsd.net.residency import PAGE, pages_cached
 from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, OpenFile, Outgoing
 
 
@@ -47,12 +49,12 @@ def _read(segment: FileSlice, room: memoryview) -> int:
 def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -> int:
     """Read what is in memory at once. Raises FileCold if nothing is, FileTruncated."""
     try:
-        got = os.preadv(file.fd, rooms, offset, os.RWF_NOWAIT if _is_asked(file, offset) else 0)
+        got = os.preadv(file.fd, rooms, offset, 0 if file.residency.is_warm(offset) else os.RWF_NOWAIT)
     except BlockingIOError as exc:
         raise FileCold(file, offset) from exc
     except OSError as exc:
         if exc.errno == errno.EOPNOTSUPP:  # tmpfs, and others that don't know whether they would wait
-            file.asks = False
+            file.residency.asks = False
             return _preadv(file, rooms, offset, length)
         raise FileTruncated(f"read at {offset}: {exc.strerror}") from exc
     if not got:
@@ -60,21 +62,33 @@ def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -
     return got
 
 
-def _is_asked(file: OpenFile, offset: int) -> bool:
-    """Whether reading here is to fail where it would have to wait."""
-    return file.asks and not file.warm_from <= offset < file.warm_to
+def warm_count(file: OpenFile, offset: int, count: int) -> int:
+    """Return how many of `count` bytes from `offset` can go at once; raises FileCold if the disk would have to be waited for.
 
-
-def check_warm(file: OpenFile, offset: int, count: int) -> None:
-    """Raise FileCold if the first or the last of `count` bytes from `offset` is not in memory; mostly the others go along."""
-    for at in (offset, offset + count - 1):
-        if at < file.size and _is_asked(file, at):
-            try:
-                _preadv(file, [_probe], at, 1)
-            except FileCold:
-                raise FileCold(file, offset) from None
-            except FileTruncated:
-                pass  # whoever sends it finds out
+    Where the kernel has cachestat (6.5, and for those who may write the file or own it) it is asked about every page, else
+    about the first and the last, with which the others mostly go along. A file that has become shorter is found out by whoever
+    sends it.
+    """
+    residency = file.residency
+    if residency.is_warm(offset):
+        return min(count, residency.warm_to - offset) if residency.asks else count
+    end = min(offset + count, file.size)
+    if end <= offset:
+        return count
+    cached = pages_cached(file.fd, offset, end - offset)
+    whole = -(-end // PAGE) - offset // PAGE
+    if cached is not None and cached >= whole:
+        return count
+    try:
+        for at in (offset, end - 1):
+            _preadv(file, [_probe], at, 1)
+    except FileTruncated:
+        return count
+    except FileCold:
+        raise FileCold(file, offset) from None
+    if cached is not None and residency.asks:
+        raise FileCold(file, offset)
+    return count
 
 
 _probe = memoryview(bytearray(1))
@@ -82,7 +96,8 @@ _probe = memoryview(bytearray(1))
 
 def _read_framed(run: Framed, room: memoryview) -> int:
     """Lay out the front of a run of frames in `room`; return how much of it: whole frames, but for the room's own end."""
-    step, stride, size = run.step, run.step + FRAME_HEADER, len(room)
+    step, stride = run.step, run.step + FRAME_HEADER
+    size = min(len(room), (IOV_MAX - 1) * stride)
     if size < len(run):
         size = max((size + run.gone) // stride * stride - run.gone, 0) or size
     frame, at = 0, -run.gone  # where the frame would begin
@@ -113,7 +128,7 @@ def _read_framed(run: Framed, room: memoryview) -> int:
         # Of a frame that has begun everything is to go; of a new one nothing may.
         if run.gone:
             return max(FRAME_HEADER - run.gone, 0) + got
-        if _is_asked(run.file, run.offset) and run.offset + got < run.file.size:
+        if not run.file.residency.is_warm(run.offset) and run.offset + got < run.file.size:
             raise FileCold(run.file, run.offset)  # its beginning is in memory; or it became shorter, which reading finds out
         raise FileTruncated(f"the file ends at {run.offset + got}, {run.length - got} bytes short")
     return whole * stride - run.gone

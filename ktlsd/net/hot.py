@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from ktlsd.errors import FileCold
-from ktlsd.net.gather import check_warm
+from ktlsd.net.gather import warm_count
 from ktlsd.net.kernel import IOV_MAX, Buffer
 from ktlsd.net.mappings import Mapped, Mappings
 from ktlsd.net.pages import address_of_bytes
@@ -35,10 +35,9 @@ def hot_runs(segments: Sequence[Outgoing], mappings: Mappings, most: int) -> Run
 def _is_warm(run: Framed) -> bool:
     """Whether sending it would not have to wait for the disk; if it would, copying finds out from where on."""
     try:
-        check_warm(run.file, run.offset, run.length)
+        return warm_count(run.file, run.offset, run.length) == run.length
     except FileCold:
         return False
-    return True
 
 
 def _front(run: Framed, over: int) -> Framed:

@@ -13,7 +13,7 @@ from typing import Final
 
 from ktlsd import uapi
 from ktlsd.errors import FileCold, FileTruncated, HandoverError, PeerError, PeerTruncated
-from ktlsd.net.gather import check_warm, gather
+from ktlsd.net.gather import gather, warm_count
 from ktlsd.net.hot import Runs, buffers_of, headers_of, hot_runs, leave_out, vectors_of
 from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.net.tx_plain import SENDFILE_MAX, PlainTx
@@ -173,7 +173,7 @@ class KernelTx(PlainTx):
 
     def _payload_by_sendfile(self, file: OpenFile, offset: int, count: int, *, begun: bool) -> int | None:
         try:
-            check_warm(file, offset, count)
+            count = warm_count(file, offset, count)
             sent = self._kernel.sendfile(self._sock, file.fd, offset, count)
             if sent == 0:
                 raise FileTruncated(f"the file ends at {offset}, {count} bytes short")
@@ -203,7 +203,7 @@ class KernelTx(PlainTx):
         count = min(segment.length, SENDFILE_MAX - before % records.MAX_PLAINTEXT)
         if self._owes_key_update:
             count = min(segment.length, _CLOSING_PIECE)
-        check_warm(segment.file, segment.offset, count)
+        count = warm_count(segment.file, segment.offset, count)
         sent = self._kernel.sendfile(self._sock, segment.file.fd, segment.offset, count)
         if sent == 0:
             raise FileTruncated(f"the file ends at {segment.offset}, {segment.length} bytes short")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ktlsd.errors import FileCold, FileTruncated, PeerError
-from ktlsd.net.gather import check_warm
+from ktlsd.net.gather import warm_count
 from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.slices import FileSlice, Framed, Outgoing
 
@@ -57,8 +57,8 @@ class PlainTx:
     def _send_slice(self, segment: FileSlice, before: int) -> int | None:
         """One sendfile call; `before` is how many bytes went out just before it."""
         assert before >= 0
-        check_warm(segment.file, segment.offset, min(segment.length, SENDFILE_MAX))
-        sent = self._kernel.sendfile(self._sock, segment.file.fd, segment.offset, min(segment.length, SENDFILE_MAX))
+        count = warm_count(segment.file, segment.offset, min(segment.length, SENDFILE_MAX))
+        sent = self._kernel.sendfile(self._sock, segment.file.fd, segment.offset, count)
         if sent == 0:
             raise FileTruncated(f"the file ends at {segment.offset}, {segment.length} bytes short")
         return sent

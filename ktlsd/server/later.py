@@ -1,15 +1,19 @@
 """Work that must not stop the loop, described by whoever needs it and done in a thread by the worker."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
 from ktlsd.errors import FileCold
+from ktlsd.slices import FIRST_WINDOW
 
-_WINDOW: Final = 4 << 20  # bytes read into memory before a download goes on
-_AHEAD: Final = 8 << 20  # bytes behind them that the kernel is asked to read meanwhile
+_WINDOW_MIN: Final = 256 << 10  # bytes read into memory before a download goes on; as many behind them are asked for
+_WINDOW_MAX: Final = 16 << 20
+_QUICK: Final = 0.1  # seconds for a window
+_SLOW: Final = 0.5
 _PIECE: Final = 1 << 20
 _numbers = count()  # no two reads are the same: each holds its file until it is done
 
@@ -29,24 +33,39 @@ class Later:
 
 
 def read_ahead(cold: FileCold) -> Later:
-    """Have a stretch of a file read into memory, and the next one begun."""
+    """Have a stretch of a file read into memory, and the next one begun.
+
+    How much is up to the disk: the window grows as long as it is read quickly, and shrinks where that takes too long. A
+    client that jumps about begins with a small one.
+    """
     file, offset = cold.file.hold(), cold.offset
-    end = min(offset + _WINDOW, file.size)
+    residency = file.residency
+    if offset != residency.warm_to:
+        residency.window = FIRST_WINDOW
+    end = min(offset + residency.window, file.size)
+    took = 0.0
 
     def job() -> bool:
-        room = bytearray(_PIECE)
+        nonlocal took
+        begun = time.monotonic()
+        room = memoryview(bytearray(_PIECE))
         at = offset
         while at < end:
-            got = os.preadv(file.fd, [memoryview(room)[: end - at]], at)
+            got = os.preadv(file.fd, [room[: end - at]], at)
             if not got:
                 break  # it has become shorter: whoever sends it finds out
             at += got
-        os.posix_fadvise(file.fd, end, _AHEAD, os.POSIX_FADV_WILLNEED)
+        took = time.monotonic() - begun
+        os.posix_fadvise(file.fd, end, residency.window, os.POSIX_FADV_WILLNEED)
         return True
 
     def done(result: bool | None) -> None:
-        file.warm_from, file.warm_to = offset, end
-        file.asks = file.asks and bool(result)  # if it can't be read, who sends it gets the error
+        residency.warm_from, residency.warm_to = offset, end
+        residency.asks = residency.asks and bool(result)  # if it can't be read, who sends it gets the error
+        if took < _QUICK:
+            residency.window = min(residency.window * 2, _WINDOW_MAX)
+        elif took > _SLOW:
+            residency.window = max(residency.window // 2, _WINDOW_MIN)
         file.release()
 
     return Later(b"read %d" % next(_numbers), job, done, needed=True, size=end - offset)

@@ -70,6 +70,7 @@ def pretend(monkeypatch, root):
         return real(fd, buffers, offset, flags)
 
     monkeypatch.setattr("ktlsd.net.gather.os.preadv", preadv)
+    monkeypatch.setattr("ktlsd.net.gather.pages_cached", lambda *_: None)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -147,3 +148,64 @@ def test_a_file_really_taken_out_of_memory(root, mode):
         assert client.fetch("/cold").body == CONTENT
         assert server.metrics.counters["cold_reads"] <= 4  # asking may begin the reading, which may be over at once
         client.close()
+
+
+def test_a_hole_in_the_middle_of_what_is_in_memory_is_seen(root):
+    """Where the kernel tells of every page; elsewhere only the first and the last are asked about."""
+    from ktlsd.errors import FileCold
+    from ktlsd.net.gather import warm_count
+    from ktlsd.net.residency import PAGE, pages_cached
+    from ktlsd.slices import OpenFile
+
+    path = root / "cold"
+    if not cool(path):
+        pytest.skip("this file system does not say what is in memory")
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead of the kernel's own
+    for at in (*range(0, 1 << 20, PAGE), *range((1 << 20) + PAGE, 2 << 20, PAGE)):
+        os.pread(fd, 1, at)
+    file = OpenFile(fd, SIZE, 0)
+    cached = pages_cached(fd, 0, 2 << 20)
+    if cached is None:
+        file.release()
+        pytest.skip("this kernel has no cachestat (6.5)")
+    assert cached == (2 << 20) // PAGE - 1
+    assert warm_count(file, 0, 1 << 20) == 1 << 20
+    with pytest.raises(FileCold):
+        warm_count(file, 0, 2 << 20)
+    with pytest.raises(FileCold):
+        warm_count(file, (1 << 20) + PAGE // 2, 1)
+    assert warm_count(file, (1 << 20) + PAGE, PAGE) == PAGE
+    file.residency.warm_from, file.residency.warm_to = 1 << 20, (1 << 20) + PAGE
+    assert warm_count(file, 1 << 20, 1 << 20) == PAGE, "only what was read for us goes unasked"
+    file.release()
+
+
+@pytest.mark.parametrize(("seconds", "windows"), [(0.0, [1, 2, 4, 8, 16, 16]), (0.3, [1, 1, 1]), (1.0, [1, 0.5, 0.25, 0.25])])
+def test_how_much_is_read_ahead_is_up_to_the_disk(root, monkeypatch, seconds, windows):
+    from ktlsd.errors import FileCold
+    from ktlsd.slices import OpenFile
+
+    clock = [0.0]
+    monkeypatch.setattr(later.time, "monotonic", lambda: clock[0])
+    fd = os.open(root / "cold", os.O_RDONLY)
+    file = OpenFile(fd, 1 << 40, 0)
+    at, seen = 0, []
+    real = os.preadv
+
+    def slow(*args):
+        clock[0] += seconds if not args[2] % (1 << 18) and args[2] == at else 0
+        return min(len(args[1][0]), 1 << 20)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    for _ in windows:
+        work = later.read_ahead(FileCold(file, at))
+        work.done(work.job())
+        seen.append(work.size / (1 << 20))
+        at = file.residency.warm_to
+    assert seen == windows
+    work = later.read_ahead(FileCold(file, at + (1 << 30)))
+    assert work.size == 1 << 20, "who jumps about begins anew"
+    work.done(True)
+    monkeypatch.setattr(os, "preadv", real)
+    file.release()

@@ -77,7 +77,7 @@ def metric(server, name):
 
 def serving(server, count=2):
     """Wait until so many workers take connections."""
-    wait_until(lambda: 'ktlsd_workers{state="serving"} %d.0' % count in page(server), 20)
+    wait_until(lambda: f'ktlsd_workers{{state="serving"}} {count}.0' in page(server), 20)
 
 
 def page(server):

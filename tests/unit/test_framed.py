@@ -89,8 +89,8 @@ def test_gathering_is_what_the_segments_say(file, parts, room, gone):
     assert len(got) <= room
     if expected:
         assert got
-    if len(expected) <= room:
-        assert got == expected
+    if len(expected) <= room and all(not isinstance(each, Framed) or each.frames < 1_024 for each in segments):
+        assert got == expected  # more pieces than that don't go into one preadv
 
 
 @pytest.mark.parametrize("gone", [0, 5, 9, 50])
@@ -108,7 +108,7 @@ def test_of_a_file_that_became_shorter_no_header_is_sent_without_its_payload(tmp
         assert bytes(gather([b"control", run], view)) == b"control"
         with pytest.raises(FileCold):  # its size says that there is more
             gather([run], view)
-        shrunk.asks = False
+        shrunk.residency.asks = False
         with pytest.raises(FileTruncated):
             gather([run], view)
     os.truncate(path, 0)
@@ -152,7 +152,7 @@ def test_a_frame_that_is_partly_in_memory_waits_for_its_rest(tmp_path, monkeypat
             got = bytes(gather([run], view))
         except FileCold as cold:
             assert cold.offset == run.offset
-            file.warm_from, file.warm_to = cold.offset, cold.offset + 1_000
+            file.residency.warm_from, file.residency.warm_to = cold.offset, cold.offset + 1_000
             continue
         out += got
         run.advance(len(got))
