@@ -109,8 +109,15 @@ class Program:
 
     def workers(self) -> list[int]:
         """The process numbers of its workers."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in children.read_text().split()]
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if entry.name.isdecimal() and int(fields[1]) == self.process.pid and fields[0] != "Z":
+                found.append(int(entry.name))
+        return sorted(found)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 20) -> int:
         self.process.send_signal(number)

@@ -12,7 +12,7 @@ LAYERS = {
     0: ["errors", "uapi", "slices", "__init__"],
     1: ["tls", "protocol", "files.plan", "files.mime", "files.multipart", "files.globs", "files.listing", "files.__init__"],
     2: ["net", "files.root", "files.digests", "files.siblings", "files.watch"],
-    3: ["settings", "validation", "server", "devcert", "hashing"],
+    3: ["settings", "validation", "server", "devcert", "hashing", "status"],
     4: ["cli", "__main__"],
 }
 # In layer 1 these two don't know each other; net doesn't know HTTP.
