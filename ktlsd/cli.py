@@ -1,4 +1,4 @@
-"""The command line: serve, doctor, check. Exit status 0 fine, 1 can't run, 2 misuse; errors are one line on stderr."""
+"""The command line. Exit status 0 fine, 1 can't run, 2 misuse; errors are one line on stderr."""
 
 import logging
 import os
@@ -14,17 +14,18 @@ from typing import Any
 import click
 import msgspec
 
-from ktlsd import __version__, hashing
+from ktlsd import __version__, hashing, status
 from ktlsd.errors import KtlsdError, RequestError, SettingsError, StartError
 from ktlsd.files.listing import human_size
 from ktlsd.net import handover
 from ktlsd.net.handover import KernelFacts
 from ktlsd.net.kernel import LinuxKernel
+from ktlsd.net.listeners import address_text
 from ktlsd.protocol.semantics import parse_path
 from ktlsd.server import generation
 from ktlsd.server.auth import Signer, hash_password
 from ktlsd.server.supervisor import Supervisor
-from ktlsd.settings import ALPN, Settings, read_file
+from ktlsd.settings import ALPN, Settings, parse_listen, read_file
 from ktlsd.validation import load_file, validate
 
 _SHOWN = 20  # problems told one by one
@@ -194,6 +195,57 @@ def sign(url: str, key: str, expires: int) -> None:
     print(
         f"{scheme + separator + authority if separator else ''}{parsed.encoded(directory=parsed.is_directory).decode()}?{query}"
     )
+
+
+@main.command("status")
+@click.option("--config", metavar="FILE", help="The server's configuration: metrics.listen says where to ask.")
+@click.option("--url", metavar="URL", help="Where to ask, http://HOST:PORT.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_errors_as_exit_status
+def status_(config: str | None, url: str | None, *, as_json: bool) -> None:
+    """Tell how a running server is: who encrypts, what was sent, what went wrong, when certificates end.
+
+    It asks the metrics listener. Exit status 1 if nobody answers there, or somebody else.
+    """
+    where = _address(url) if url is not None else _metrics_address(config)
+    families = status.parse(status.fetch(where), where)
+    if as_json:
+        print(msgspec.json.encode(status.summarise(families, time.time())).decode())
+        return
+    encoding = sys.stdout.encoding  # not every terminal has every character of a path
+    for line in status.report(families, time.time()):
+        print(line.encode(encoding, "replace").decode(encoding))
+
+
+def _address(url: str) -> str:
+    """Return `url` in full. Raises SettingsError."""
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        fine = parts.scheme == "http" and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        fine = False
+    if not fine or not url.isascii() or not url.isprintable() or " " in url:
+        raise SettingsError(f"--url: {url!r} is not http://HOST:PORT; the metrics listener has no TLS")
+    path = parts.path if parts.path not in ("", "/") else "/metrics"
+    return urllib.parse.urlunsplit(("http", parts.netloc, path, parts.query, ""))
+
+
+def _metrics_address(config: str | None) -> str:
+    """Return the address of the first metrics.listen. Raises SettingsError."""
+    if config is None:
+        raise SettingsError("status: of which server? Give --config FILE or --url http://HOST:PORT")
+    listen = read_file(config).metrics.listen
+    if not listen:
+        raise SettingsError(f"{config}: there is no metrics.listen; add it and reload ktlsd, or give --url")
+    try:
+        host, port = parse_listen(listen[0])
+    except SettingsError as exc:
+        raise SettingsError(f"{config}: metrics.{exc}") from exc
+    if not port:
+        raise SettingsError(f"{config}: metrics.listen: port 0 is any free one; give --url with what `ktlsd serve` told")
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104  # where it listens; asked is this machine
+        host = "localhost"
+    return f"http://{address_text(host, port)}/metrics"
 
 
 @main.command()

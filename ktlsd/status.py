@@ -1,28 +1,27 @@
 """`ktlsd status`: what a running server's metrics say, for a person.
 
-`parse`, `summarise` and `report` are pure and take any page, a hostile one too; only `fetch` goes to the network. Nothing
-that can't be printed gets past `parse`.
+`parse`, `summarise` and `report` take any page, a hostile one too: nothing that can't be printed gets past `parse`. Only
+`fetch` goes to the network.
 """
 
 import math
+import re
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException
 from itertools import pairwise
 from textwrap import wrap
 from typing import Final
 from urllib.error import URLError
-from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from ktlsd.errors import SettingsError, StartError
+from ktlsd.errors import StartError
 from ktlsd.files.listing import human_size
 from ktlsd.net import handover
-from ktlsd.net.listeners import address_text
-from ktlsd.settings import parse_listen, read_file
 
 _TIMEOUT: Final = 5.0  # seconds
 _MAX: Final = 1 << 20  # bytes of a page; 512 workers make some 200,000
@@ -33,7 +32,7 @@ _INDENT: Final = 15
 _SHOWN: Final = 6  # of what there may be many
 _DAY: Final = 86_400
 _SOON: Final = 14  # days
-_EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  # to listen at; to ask, it is this machine
+_BOUND: Final = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?|\+Inf", re.ASCII)
 
 Families = Mapping[str, list[tuple[dict[str, str], float]]]  # by name of the sample: labels and value
 
@@ -89,38 +88,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 # --- getting the page -----------------------------------------------------------------------------------------------------
 
 
-def address(url: str | None, config: str | None) -> str:
-    """Return where to ask: at `url`, or at the first metrics.listen of the file `config`. Raises SettingsError."""
-    if url is not None:
-        return _checked(url)
-    if config is None:
-        raise SettingsError("status: where? Give --config FILE (with metrics.listen in it) or --url http://HOST:PORT")
-    listen = read_file(config).metrics.listen
-    if not listen:
-        raise SettingsError(f"{config}: there is no metrics.listen; add it, or give --url")
-    try:
-        host, port = parse_listen(listen[0])
-    except SettingsError as exc:
-        raise SettingsError(f"{config}: metrics.{exc}") from exc
-    if not port:
-        raise SettingsError(f"{config}: metrics.listen is any free port; give --url with the one that ktlsd told at its start")
-    return f"http://{address_text('localhost' if host in _EVERYWHERE else host, port)}/metrics"
-
-
-def _checked(url: str) -> str:
-    try:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        fine = parts.scheme == "http" and parts.hostname and parts.port != 0 and "@" not in parts.netloc
-    except ValueError:
-        fine = False
-    if not fine or not url.isascii() or not url.isprintable() or " " in url:
-        raise SettingsError(f"--url: {url!r} is not http://HOST:PORT; the metrics listener has no TLS")
-    path = parts.path if parts.path not in ("", "/") else "/metrics"
-    return urlunsplit(("http", parts.netloc, path, parts.query, ""))
-
-
 def fetch(url: str) -> str:
-    """Return what is at `url`. No proxy is asked, no redirect followed. Raises StartError."""
+    """Return what is at `url`, which is http. No proxy is asked, no redirect followed. Raises StartError."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.HTTPHandler())
     until = time.monotonic() + _TIMEOUT
@@ -133,56 +102,45 @@ def fetch(url: str) -> str:
                     raise TimeoutError
     except (OSError, HTTPException, ValueError) as exc:
         cause = exc.reason if isinstance(exc, URLError) else exc
-        if isinstance(cause, OSError):
-            why = cause.strerror or "no answer in time"
-            hint = "is ktlsd running, with metrics.listen there? Start it, or give the right --url"
-            raise StartError(f"{url}: {why}; {hint}") from exc
-        raise StartError(_foreign(url, "no HTTP")) from exc
+        if not isinstance(cause, OSError):
+            raise foreign(url, "it speaks no HTTP") from exc
+        why = cause.strerror or "no answer in time"
+        raise StartError(f"{url}: {why}; start ktlsd with that as metrics.listen, or say by --url where it is") from exc
     if response.status != 200:
-        raise StartError(_foreign(url, f"status {response.status}"))
+        raise foreign(url, f"it answers with status {response.status}")
     if len(page) > _MAX:
-        raise StartError(_foreign(url, f"more than {human_size(_MAX)}"))
+        raise foreign(url, f"it is longer than {human_size(_MAX)}")
     return page.decode("utf-8", "replace")
 
 
-def _foreign(what: str, why: str) -> str:
-    return f"{what}: no metrics page of ktlsd: {why}; give the address that is metrics.listen"
+def foreign(where: str, why: str) -> StartError:
+    """Return the error about a page that is not ktlsd's."""
+    return StartError(f"{where}: not the metrics of a ktlsd: {why}; give the address that is its metrics.listen")
 
 
 # --- reading it -----------------------------------------------------------------------------------------------------------
 
 
-def parse(text: str) -> Families:
-    """Read a page in Prometheus' text format. Raises StartError if it isn't one, or not one of ktlsd.
+def parse(text: str, where: str = "this page") -> Families:
+    """Read a page in Prometheus' text format. Raises StartError, naming `where`, if it isn't one, or not one of ktlsd.
 
     Label values have "?" for what can't be printed (control characters, changes of direction); values that are no number
     are left out, the others are made to fit 63 bits.
     """
     if any(len(line) > _LINE_MAX for line in text.split("\n")):
-        raise StartError(_foreign("status", f"a line of more than {_LINE_MAX} characters"))
+        raise foreign(where, f"a line has more than {_LINE_MAX:,} characters")
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     try:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                value = _finite(sample.value)
-                if value is not None and sample.name.startswith("ktlsd_"):
-                    labels = {name: _printable(shown) for name, shown in sample.labels.items()}
-                    found.setdefault(sample.name, []).append((labels, value))
-    except (ValueError, IndexError, KeyError) as exc:  # what the parser raises for nonsense; its message quotes the page
-        raise StartError(_foreign("status", "not in Prometheus' format")) from exc
+        for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
+            if sample.name.startswith("ktlsd_") and sample.value == sample.value:  # NaN is not
+                labels = {name: "".join(c if c.isprintable() else "?" for c in shown) for name, shown in sample.labels.items()}
+                value = float(max(-_VALUE_MAX, min(sample.value, _VALUE_MAX)))
+                found.setdefault(sample.name, []).append((labels, value))
+    except (ValueError, IndexError, KeyError) as exc:  # the parser's; its messages quote the page
+        raise foreign(where, "it is not in Prometheus' format") from exc
     if "ktlsd_build_info" not in found:
-        raise StartError(_foreign("status", "there is no ktlsd_build_info"))
+        raise foreign(where, "there is no ktlsd_build_info in it")
     return found
-
-
-def _finite(value: float) -> float | None:
-    if math.isnan(value):
-        return None
-    return float(max(-_VALUE_MAX, min(value, _VALUE_MAX)))
-
-
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 # Counters that are told apart by a label.
@@ -199,14 +157,10 @@ def summarise(families: Families, now: float) -> Status:
     counters = [name for name in families if name.endswith("_total")]
     counts = {name.removeprefix("ktlsd_").removesuffix("_total"): _sum(families, name) for name in counters}
     cold, sent = counts.get("cold_bytes", 0), counts.get("body_bytes", 0)
-    bounds = sorted(_buckets(families))
-    generations: dict[str, int] = {}
-    for _, value in families.get("ktlsd_worker_generation", ()):
-        generations[f"{int(value)}"] = generations.get(f"{int(value)}", 0) + 1
     return Status(
         **{name: build.get(name, "?") for name in ("version", "kernel", "openssl", "python")},
         workers=_by(families, "ktlsd_workers", "state"),
-        generations=generations,
+        generations=dict(Counter(str(int(value)) for _, value in families.get("ktlsd_worker_generation", ()))),
         encryption=_combinations(families),
         connections_open=_sum(families, "ktlsd_connections_open"),
         requests_in_progress=_sum(families, "ktlsd_requests_in_progress"),
@@ -214,15 +168,15 @@ def summarise(families: Families, now: float) -> Status:
         reasons={name: _by(families, f"ktlsd_{name}_total", label) for name, label in _REASONS.items()},
         page_cache_hits=max(0.0, 1 - cold / sent) if sent > 0 else None,
         reads=_sum(families, "ktlsd_read_ahead_seconds_count"),
-        read_median=_quantile(0.5, bounds),
-        read_p99=_quantile(0.99, bounds),
+        read_median=_quantile(0.5, families),
+        read_p99=_quantile(0.99, families),
         memory=_memory(families),
         certificates=_certificates(families, now),
     )
 
 
 def _sum(families: Families, name: str) -> int:
-    return int(sum(value for _, value in families.get(name, ())))
+    return max(0, int(sum(value for _, value in families.get(name, ()))))
 
 
 def _by(families: Families, name: str, label: str) -> dict[str, int]:
@@ -235,14 +189,11 @@ def _by(families: Families, name: str, label: str) -> dict[str, int]:
 
 
 def _combinations(families: Families) -> list[Combination]:
-    rows = families.get("ktlsd_kernel_tls", ())
-    return [
-        Combination(
-            labels.get("version", "?"), labels.get("cipher", "?"), value == 1, why or None, handover.remedy(why) or None
-        )
-        for labels, value in rows
-        for why in [labels.get("reason", "")]
-    ]
+    found = []
+    for labels, value in families.get("ktlsd_kernel_tls", ()):
+        version, cipher, why = (labels.get(name, "") for name in ("version", "cipher", "reason"))
+        found.append(Combination(version, cipher, value == 1, why or None, handover.remedy(why) or None))
+    return found
 
 
 def _memory(families: Families) -> list[Memory]:
@@ -256,25 +207,15 @@ def _certificates(families: Families, now: float) -> list[Certificate]:
     return [Certificate(file, ends, round((ends - now) / _DAY, 2)) for ends, file in sorted(found)]
 
 
-def _buckets(families: Families) -> Iterator[tuple[float, float]]:
-    for labels, value in families.get("ktlsd_read_ahead_seconds_bucket", ()):
-        try:
-            yield float(labels.get("le", "")), value
-        except ValueError:
-            continue  # not ours; what is left is shown
-
-
-def _quantile(part: float, bounds: list[tuple[float, float]]) -> float | None:
-    """Return what `part` of the values is not above, as Prometheus reckons it: straight within a bucket.
-
-    `bounds` are (upper bound, how many are not above), rising. None if there are no values, or it is above the last bound.
-    """
+def _quantile(part: float, families: Families) -> float | None:
+    """Return what `part` of the reads did not take longer than, as Prometheus reckons it: straight within a bucket."""
+    rows = families.get("ktlsd_read_ahead_seconds_bucket", ())
+    bounds = sorted((float(labels["le"]), count) for labels, count in rows if _BOUND.fullmatch(labels.get("le", "")))
     rank = part * bounds[-1][1] if bounds else 0.0
     for (lower, below), (upper, count) in pairwise([(0.0, 0.0), *bounds]):
-        if rank > 0 and count >= rank:
-            return (
-                lower + (upper - lower) * (rank - below) / (count - below) if math.isfinite(upper) and count > below else None
-            )
+        if 0 < rank <= count:
+            inside = upper != math.inf and count > below
+            return lower + (upper - lower) * (rank - below) / (count - below) if inside else None
     return None
 
 
@@ -287,12 +228,15 @@ def report(families: Families, now: float) -> list[str]:
     What there is nothing to say about is left out.
     """
     status = summarise(families, now)
-    lines = wrap(f"ktlsd {status.version} on Linux {status.kernel}, Python {status.python}, {status.openssl}", _COLUMNS)
+    lines = _wrapped(f"ktlsd {status.version} on Linux {status.kernel}, Python {status.python}, {status.openssl}", _COLUMNS)
     for label, paragraphs in _sections(status):
-        wrapped = [line for text in paragraphs for line in wrap(text, _COLUMNS - _INDENT)]
-        labels = [label, *[""] * len(wrapped)]
-        lines += [f"  {shown:<{_INDENT - 3}} {line}" for shown, line in zip(labels, wrapped, strict=False)]
+        wrapped = [line for text in _limited(list(paragraphs), 2 * _SHOWN) for line in _wrapped(text, _COLUMNS - _INDENT)]
+        lines += [f"  {'' if number else label:<{_INDENT - 3}} {line}" for number, line in enumerate(wrapped)]
     return lines
+
+
+def _wrapped(text: str, columns: int) -> list[str]:
+    return wrap(text, columns, max_lines=_SHOWN, placeholder=" ...", break_on_hyphens=False)
 
 
 def _sections(status: Status) -> Iterator[tuple[str, Iterable[str]]]:
@@ -300,26 +244,33 @@ def _sections(status: Status) -> Iterator[tuple[str, Iterable[str]]]:
     yield "workers", _workers(status)
     yield "encryption", _encryption(status.encryption)
     http2 = f", {counts['http2_connections']:,} of them with HTTP/2" if counts.get("http2_connections") else ""
-    yield "connections", [f"{status.connections_open:,} now, {counts.get('connections', 0):,} since the start{http2}"]
+    yield (
+        "connections",
+        [f"{status.connections_open:,} now with this one, {counts.get('connections', 0):,} since the start{http2}"],
+    )
     yield "requests", [f"{status.requests_in_progress:,} now, {counts.get('requests', 0):,} since the start{_answers(status)}"]
     yield "bytes sent", _sent(status)
     yield "handshakes", _handshakes(status)
     yield "trouble", _trouble(status)
     if status.page_cache_hits is not None:
         cold = counts.get("cold_bytes", 0)
-        waits = f"; {human_size(cold)} were read from a disk, {_count(counts.get('cold_reads', 0), 'wait')}" if cold else ""
-        yield "page cache", [f"{_percent(status.page_cache_hits)} of the bytes were there{waits}"]
+        waits = (
+            f"; {human_size(cold)} came from a disk, downloads waited {_count(counts.get('cold_reads', 0), 'time')}"
+            if cold
+            else ""
+        )
+        yield "page cache", [f"{_percent(status.page_cache_hits)} of the bytes were in memory{waits}"]
     if status.reads:
         yield "disk reads", [f"half took up to {_time(status.read_median)}, 99 of 100 up to {_time(status.read_p99)}"]
     yield "memory", _memory_lines(status.memory)
-    yield "certificates", _limited([_certificate_line(each) for each in status.certificates])
+    yield "certificates", _limited([_certificate_line(each) for each in status.certificates], _SHOWN)
 
 
 def _workers(status: Status) -> Iterator[str]:
     states = [f"{count:,} {state}" for state, count in status.workers.items()]
     several = len(status.generations) > 1
     serve = [f"{number} ({_count(count, 'worker')})" if several else number for number, count in status.generations.items()]
-    yield ", ".join(states[:_SHOWN]) + (f"; generation{'s' * several} {', '.join(serve[:_SHOWN])}" if serve else "")
+    yield ", ".join(states[:_SHOWN] or ["none"]) + (f"; generation{'s' * several} {', '.join(serve[:_SHOWN])}" if serve else "")
     if not status.workers.get("serving"):
         yield "NOBODY TAKES NEW CONNECTIONS: the log of ktlsd says why"
 
@@ -401,7 +352,7 @@ def _trouble(status: Status) -> Iterator[str]:
 
 def _memory_lines(memory: list[Memory]) -> list[str]:
     shown = [f"{human_size(each.resident)} worker {each.worker}{_growth(each.growth)}" for each in memory]
-    return _limited(shown, f" workers; {human_size(sum(each.resident for each in memory))} all together")
+    return _limited(shown, _SHOWN, f"workers; {human_size(sum(each.resident for each in memory))} all together")
 
 
 def _growth(growth: int) -> str:
@@ -419,8 +370,8 @@ def _certificate_line(certificate: Certificate) -> str:
     return f"{_count(int(certificate.days), 'day')} left, until {date}{renew}: {certificate.file}"
 
 
-def _limited(lines: list[str], more: str = " more") -> list[str]:
-    return lines if len(lines) <= _SHOWN else [*lines[: _SHOWN - 1], f"and {len(lines) - _SHOWN + 1}{more}"]
+def _limited(lines: list[str], most: int, more: str = "more") -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1:,} {more}"]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

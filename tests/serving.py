@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -108,7 +109,13 @@ class Program:
         self.url = f"https://localhost:{self.port}"
 
     def workers(self) -> list[int]:
-        """The process numbers of its workers."""
+        """The process numbers of its workers; there is at least one."""
+        end = time.monotonic() + 10
+        while not (found := self._children()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return found
+
+    def _children(self) -> list[int]:
         found = []
         for entry in Path("/proc").iterdir():
             try:

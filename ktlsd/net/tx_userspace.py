@@ -14,7 +14,7 @@ from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
 from ktlsd.net.mappings import Mappings
 from ktlsd.slices import Outgoing
 from ktlsd.tls import records
-from ktlsd.tls.session import Session
+from ktlsd.tls.session import Bios, Session
 
 # Plaintext encrypted ahead of the socket: much for the calls it saves, little for a peer that reads slowly.
 _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
@@ -23,11 +23,12 @@ SCRATCH: Final = 524_288  # bytes
 
 
 class Scratch:
-    """What a worker's channels share: a buffer for plaintext on its way, empty between calls, and mappings of hot files."""
+    """What a worker's channels share: buffers for what is on its way, empty between calls, and mappings of hot files."""
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(SCRATCH))
         self.mappings = Mappings()
+        self.bios = Bios()
 
 
 class UserspaceTx:

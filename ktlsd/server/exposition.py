@@ -8,6 +8,7 @@ import platform
 import ssl
 import time
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Final
 
 import msgspec
@@ -32,15 +33,15 @@ _FRESH: Final = 5.0  # seconds
 # Counters: the name we count under -> (name, what it is, labels: the parts behind the colons).
 _COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "connections": ("connections", "Connections that were let in.", ()),
-    "connections_http2": ("http2_connections", "Of these, those that speak HTTP/2.", ()),
+    "connections_http2": ("http2_connections", "Connections that speak HTTP/2.", ()),
     "handshakes": ("handshakes", "TLS handshakes that came to their end.", ("kind",)),
-    "handshake_failures": ("handshake_failures", "TLS handshakes that did not.", ("reason",)),
+    "handshake_failures": ("handshake_failures", "TLS handshakes that failed.", ("reason",)),
     "handovers": ("handovers", "Connections whose keys went to the kernel.", ()),
     "handover_refusals": ("handover_refusals", "Connections that stayed in userspace, when they ended.", ("reason",)),
     "key_updates": ("key_updates", "KeyUpdate messages from clients.", ()),
     "requests": ("requests", "Requests.", ()),
     "responses": ("responses", "Responses that have ended; code 0 if none was begun.", ("code",)),
-    "responses_cut": ("responses_cut", "Of these, those that did not reach their end.", ()),
+    "responses_cut": ("responses_cut", "Responses that ended before their end.", ()),
     "body_bytes": ("body_bytes", "Bytes of response bodies, by who encrypted.", ("mode", "protocol")),
     "cold_bytes": ("cold_bytes", "Bytes that had to be read from a disk before they could be sent.", ()),
     "cold_reads": ("cold_reads", "Times a download had to wait for a disk.", ()),
@@ -61,6 +62,14 @@ _COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "upgrades": ("upgrades", "Times another version of the program took over.", ()),
     "upgrades_refused": ("upgrades_refused", "Times another version would not start.", ()),
 }
+# Counters with labels that are there from the start: what begins with its first value has not increased, for Prometheus.
+_FROM_ZERO: Final = (
+    *("handshakes:full", "handshakes:resumed"),
+    *(f"body_bytes:{mode}:{protocol}" for mode in ("kernel", "userspace") for protocol in ("h2", "http/1.1")),
+    *("turned_away:client", "turned_away:subnet", "turned_away:handshakes", "turned_away:responses"),
+    *("accept_paused:connections", "accept_paused:descriptors"),
+    *("worker_deaths:SIGKILL", "worker_deaths:SIGSEGV", "worker_deaths:status 1"),
+)
 
 
 class MetricsPage:
@@ -130,20 +139,21 @@ class _Everything(Collector):
         yield from self._facts()
 
     def _facts(self) -> Iterator[Metric]:
-        facts = GaugeMetricFamily("ktlsd_build_info", "Always 1.", labels=["version", "python", "openssl", "kernel"])
+        facts = GaugeMetricFamily("ktlsd_build_info", "What runs, in its labels; always 1.", labels=["version", "python", "openssl", "kernel"])
         facts.add_metric([__version__, platform.python_version(), ssl.OPENSSL_VERSION, platform.release()], 1)
         yield facts
         taken = GaugeMetricFamily(
             "ktlsd_kernel_tls", "Whether the kernel encrypts, by version and cipher.", labels=["version", "cipher", "reason"]
         )
-        for combination, reason in self._policy.facts.refusals.items():
+        for combination in product(handover.VERSIONS, handover.CIPHERS):
             version, cipher = handover.combination_name(combination).split(" ", 1)
-            taken.add_metric([version, cipher, self._policy.off or reason], not (reason or self._policy.off))
+            reason = self._policy.facts.refusals.get(combination, "") or self._policy.off  # switched off, it was not asked
+            taken.add_metric([version, cipher, reason], not reason)
         yield taken
 
 
 def _counters(reports: list[Report]) -> Iterator[Metric]:
-    totals: dict[str, int] = {}
+    totals = dict.fromkeys((*(name for name, (_, _, labels) in _COUNTERS.items() if not labels), *_FROM_ZERO), 0)
     for report in reports:
         for name, value in report.counters.items():
             totals[name] = totals.get(name, 0) + value
@@ -156,9 +166,6 @@ def _counters(reports: list[Report]) -> Iterator[Metric]:
             labels = _COUNTERS[base][2]
             parts = reasons.split(":", len(labels) - 1) if labels else []
             families[base].add_metric([*parts, *[""] * (len(labels) - len(parts))], value)
-    for base, family in families.items():
-        if not family.samples and not _COUNTERS[base][2]:
-            family.add_metric([], 0)
     yield from families.values()
 
 
@@ -172,7 +179,7 @@ def _reads(reports: list[Report]) -> Iterator[Metric]:
     for bound, count in zip([*map(str, READ_BUCKETS), "+Inf"], counts, strict=True):
         below += count
         buckets.append((bound, below))
-    reads = HistogramMetricFamily("ktlsd_read_ahead_seconds", "How long reading from a disk took for a waiting download.")
+    reads = HistogramMetricFamily("ktlsd_read_ahead_seconds", "How long reads from a disk took that downloads waited for.")
     reads.add_metric([], buckets, sum(report.read_seconds for report in reports))
     yield reads
 
@@ -183,7 +190,7 @@ def _gauges(places: list[tuple[int, State, int, Report]]) -> Iterator[Metric]:
         name: GaugeMetricFamily(f"ktlsd_{name}", about, labels=["worker"])
         for name, about in (
             ("worker_resident_bytes", "Memory that a worker occupies, mapped files included."),
-            ("worker_resident_growth_bytes", "How much more that is than when it started."),
+            ("worker_resident_growth_bytes", "How much more memory a worker occupies than when it started."),
             ("worker_generation", "Which configuration a worker serves."),
         )
     }
@@ -197,10 +204,16 @@ def _gauges(places: list[tuple[int, State, int, Report]]) -> Iterator[Metric]:
         faults.add_metric([*label, "major"], memory.major_faults)
     yield from (*by_worker.values(), faults)
     states = GaugeMetricFamily("ktlsd_workers", "Workers, by what they do.", labels=["state"])
+    # A worker that starts has no report yet; the supervisor never has a generation.
+    there = [place for place in places if place[3].generation or place[1] is State.STARTING]
     for state in (State.STARTING, State.SERVING, State.LEAVING):
-        states.add_metric([state.name.lower()], sum(place[1] is state for place in workers))
+        states.add_metric([state.name.lower()], sum(place[1] is state for place in there))
     yield states
-    yield GaugeMetricFamily("ktlsd_connections_open", "Connections there are now.", sum(place[2] for place in places))
+    yield GaugeMetricFamily(
+        "ktlsd_connections_open",
+        "Connections there are now, those at the metrics listener included.",
+        sum(place[2] for place in places),
+    )
     answering = sum(report.answering for *_, report in places)
     yield GaugeMetricFamily("ktlsd_requests_in_progress", "Requests being answered now.", answering)
     ends = GaugeMetricFamily("ktlsd_certificate_expiry_seconds", "When a certificate ends, since the epoch.", labels=["cert"])

@@ -168,7 +168,7 @@ class Worker:
         if new.door.context is None:
             channel = PlainChannel(new.sock, self._kernel)
         else:
-            session = Session(new.door.context)
+            session = Session(new.door.context, self._scratch.bios)
             channel = Channel(new.sock, session, self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
         connection = Connection(channel, new.client, new.guest, new.door.services, now)
         connection.pace(self._limits.bandwidth_per_connection)

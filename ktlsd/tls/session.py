@@ -18,6 +18,20 @@ _STEP: Final = 4 * MAX_PLAINTEXT  # bytes that OpenSSL encrypts in one call
 _VERSIONS: Final = {"TLSv1.2": uapi.TLS_1_2_VERSION, "TLSv1.3": uapi.TLS_1_3_VERSION}
 
 
+class Bios:
+    """Two memory BIOs, through which the sessions of one thread go one after the other.
+
+    A BIO keeps the largest size it ever had, some 88 KiB after a download: one pair for all sessions instead of one for each.
+    Between calls both are empty: what a session has not read, or has not been asked for, it keeps itself.
+    """
+
+    __slots__ = ("incoming", "outgoing")
+
+    def __init__(self) -> None:
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
+
+
 class Session:
     """A server's end of one TLS connection over two memory BIOs.
 
@@ -27,6 +41,8 @@ class Session:
 
     __slots__ = (
         "_client_hello",
+        "_held_in",
+        "_held_out",
         "_incoming",
         "_outgoing",
         "_records",
@@ -40,9 +56,13 @@ class Session:
         "version",
     )
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
+    def __init__(self, context: ssl.SSLContext, bios: Bios | None = None) -> None:
+        """`bios` may be shared with other sessions of the same thread."""
+        bios = bios or Bios()
+        self._incoming = bios.incoming
+        self._outgoing = bios.outgoing
+        self._held_in = b""  # ciphertext that OpenSSL has not read: what came behind the client's Finished
+        self._held_out = b""  # records that OpenSSL wrote by itself while it read
         self._ssl = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._client_hello = Hello(CLIENT_HELLO)
         self._server_hello = Hello(SERVER_HELLO)
@@ -96,16 +116,18 @@ class Session:
         OpenSSL's alert as `farewell`, PeerAlert if the peer gave up, PlainHttp if this is no TLS at all.
         """
         self._client_hello.feed(ciphertext)
-        self._incoming.write(ciphertext)
+        self._put(ciphertext)
         try:
             self._ssl.do_handshake()
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as exc:
-            raise _handshake_error(exc, self._outgoing.read()) from exc
+            raise _handshake_error(exc, self._take()) from exc
         else:
             self._finish_handshake()
-        out = self._outgoing.read()
+        finally:
+            self._keep()
+        out = self._take()
         self._server_hello.feed(out)
         self._records.feed(out)
         return out
@@ -128,6 +150,33 @@ class Session:
             elif label == keylog.CLIENT_UPDATED:
                 self.key_updates += 1
 
+    # --- the BIOs, which others use in between ----------------------------------------------------------------------
+
+    def _put(self, ciphertext: bytes) -> None:
+        """Give OpenSSL what it has not read yet. What a session that died left behind belongs to nobody."""
+        if self._incoming.pending:
+            self._incoming.read()
+        if self._outgoing.pending:
+            self._outgoing.read()
+        if self._held_in:
+            ciphertext, self._held_in = self._held_in + ciphertext, b""
+        if ciphertext:
+            self._incoming.write(ciphertext)
+
+    def _keep(self) -> None:
+        """Leave nothing in them."""
+        if self._incoming.pending:
+            self._held_in = self._incoming.read()
+        if self._outgoing.pending:
+            self._held_out += self._outgoing.read()
+
+    def _take(self) -> bytes:
+        """Return all records that OpenSSL has written, the oldest first."""
+        out = self._outgoing.read()
+        if self._held_out:
+            out, self._held_out = self._held_out + out, b""
+        return out
+
     # --- application data ------------------------------------------------------------------------------------------
 
     def decrypt(self, ciphertext: bytes) -> bytes:
@@ -137,8 +186,7 @@ class Session:
         userspace mode.
         """
         incoming = self._incoming
-        if ciphertext:
-            incoming.write(ciphertext)
+        self._put(ciphertext)
         plain = b""
         try:
             while incoming.pending and not self.peer_closed:
@@ -152,28 +200,29 @@ class Session:
         except ssl.SSLZeroReturnError:
             self.peer_closed = True
         except ssl.SSLError as exc:
-            raise _record_error(exc, self._outgoing.read()) from exc
+            raise _record_error(exc, self._take()) from exc
+        finally:
+            self._keep()
         return plain
 
     def take_output(self) -> bytes:
         """Return records that OpenSSL wrote by itself while it read: in TLS 1.2 the alert that refuses a renegotiation."""
-        out = self._outgoing.read() if self._outgoing.pending else b""
+        out = self._take() if self._held_out else b""
         if out:
             self._records.feed(out)
         return out
 
     def encrypt(self, plaintext: bytes | memoryview) -> list[bytes]:
-        """Return the records for `plaintext`, one buffer per 65,536 bytes.
-
-        Not one for all: OpenSSL's memory BIO keeps the largest size it ever had, and ten thousand idle connections would
-        each keep it too. Not one per record either: that took 20 % more time per byte.
+        """Return the records for `plaintext`, one buffer per 65,536 bytes: larger ones were no faster, one per record took 20 %
+        more time per byte.
         """
         out = []
         try:
             for at in range(0, len(plaintext), _STEP):
                 self._ssl.write(plaintext[at : at + _STEP])
-                out.append(self._outgoing.read())
+                out.append(self._take())
         except ssl.SSLError as exc:
+            self._take()
             raise RecordError(f"OpenSSL can't encrypt any more: {exc.reason}") from exc
         feed = self._records.feed
         for piece in out:
@@ -188,7 +237,7 @@ class Session:
             self._ssl.unwrap()
         except ssl.SSLError:
             pass  # WantRead: the peer's own close_notify is not here yet; anything else: the session is dead
-        out = self._outgoing.read()
+        out = self._take()
         self._records.feed(out)
         return out
 
@@ -231,8 +280,9 @@ class Session:
         try:
             self._ssl.write(b"")  # OpenSSL writes the KeyUpdate it owes, and nothing else
         except ssl.SSLError as exc:
+            self._take()
             raise RecordError(f"OpenSSL can't answer a KeyUpdate: {exc.reason}") from exc
-        return self._outgoing.read()
+        return self._take()
 
     def advance_tx(self, generations: int = 1) -> None:
         """Go on by so many generations of our direction's secret, to record number 0 (RFC 8446 §7.2)."""

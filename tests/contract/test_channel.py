@@ -410,7 +410,7 @@ def test_tls12_can_not_renew_its_keys(file):
 def test_a_request_behind_the_finished_is_not_lost_to_a_fin(file):
     pair = Pair(LinuxKernel(), HandoverPolicy(off="switched off"))
     pair.client.send(b"early")
-    pair.channel.session._incoming.write(pair.client.take())  # as if it had come in the read that brought the Finished
+    pair.channel.session._held_in = pair.client.take()  # as if it had come in the read that brought the Finished
     pair.sock.shutdown(socket.SHUT_WR)
     pair.channel.note_input(ended=True)
     assert pair.channel.try_receive() == b"early"

@@ -1,12 +1,15 @@
 """Known answers: the exported keys must open the very next record the session writes."""
 
+from random import Random
+
 import pytest
+from OpenSSL import SSL
 
 from ktlsd import uapi
 from ktlsd.errors import HandshakeFailed, PlainHttp, RecordError
 from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.tls.protection import Protection, split
-from ktlsd.tls.session import Session
+from ktlsd.tls.session import Bios, Session
 from tests import client, pki
 
 EVERY = [(v, c) for v in client.VERSIONS for c in client.CIPHERS]
@@ -205,3 +208,61 @@ def test_large_writes_become_full_records_that_are_counted(keylog):
     pieces = session.encrypt(bytes(100_000))
     assert [len(list(split(piece))) for piece in pieces] == [4, 3], "64 KiB to a call"
     assert int.from_bytes(session.export_tx().rec_seq, "big") == before + 7
+
+
+def test_sessions_that_share_their_bios_never_see_each_others_bytes():
+    """In every order of steps, with records cut anywhere; what one leaves behind is never another's."""
+    context, random = pki.server_context(), Random(5)
+    for _ in range(20):
+        bios = Bios()
+        ends = []
+        for number in range(4):
+            peer = client.MemoryClient(client.context("TLSv1.3" if number % 2 else "TLSv1.2", "AES-128-GCM"))
+            peer.advance()
+            ends.append([Session(context, bios), peer, b"", bytearray(), bytearray()])
+        for _ in range(600):
+            end = random.choice(ends)
+            session, peer, _, got, sent = end
+            end[2] += peer.take()
+            cut = random.randint(0, min(len(end[2]), random.choice((5, 300, 20_000))))
+            piece, end[2] = end[2][:cut], end[2][cut:]
+            if not session.established:
+                if piece:
+                    peer.receive(session.handshake(piece))
+                continue
+            got += session.decrypt(piece)
+            if random.random() < 0.3:
+                text = b"%d " % ends.index(end) * random.randint(1, 3_000)
+                for record in session.encrypt(text):
+                    peer.receive(record)
+                sent += text
+            if peer.established and random.random() < 0.3:
+                peer.send(b"%d " % ends.index(end) * random.randint(1, 9_000))
+            assert not bios.incoming.pending
+            assert not bios.outgoing.pending
+        for number, (_, peer, _, got, sent) in enumerate(ends):
+            assert set(bytes(got)) <= set(b"%d " % number)
+            assert bytes(peer.plain) == bytes(sent)
+        assert sum(len(end[3]) for end in ends) > 10_000
+
+
+def test_what_openssl_writes_by_itself_goes_to_nobody_else():
+    """A refused renegotiation (TLS 1.2) leaves an alert while reading; the next to write is another session."""
+    bios, context = Bios(), pki.server_context()
+    ends = []
+    for _ in range(2):
+        peer, session = client.MemoryClient(client.context("TLSv1.2", "AES-128-GCM")), Session(context, bios)
+        peer.advance()
+        while not (session.established and peer.established):
+            peer.receive(session.handshake(peer.take()))
+        ends.append((session, peer))
+    (first, asking), (second, other) = ends
+    assert asking.ssl.renegotiate()
+    with pytest.raises(SSL.WantReadError):
+        asking.ssl.do_handshake()
+    assert first.decrypt(asking.take()) == b""
+    for record in second.encrypt(b"mine"):
+        other.receive(record)
+    assert bytes(other.plain) == b"mine"
+    assert first.take_output()
+    assert not second.take_output()
