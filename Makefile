@@ -6,17 +6,18 @@ BIN    := $(VENV)/bin
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 APT    := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 # What make test wants from Debian: the kernel to test on and the clients to test with.
-TOOLS  := linux.uml:user-mode-linux curl:curl openssl:openssl wget:wget aria2c:aria2 nginx:nginx-light gnutls-cli:gnutls-bin strace:strace rclone:rclone nghttp:nghttp2-client
+TOOLS  := linux.uml:user-mode-linux curl:curl openssl:openssl wget:wget aria2c:aria2 nginx:nginx-light gnutls-cli:gnutls-bin strace:strace rclone:rclone nghttp:nghttp2-client systemctl:systemd slowhttptest:slowhttptest
 DIR    ?= .sample
 LISTEN ?= localhost:8443
 SHOWN  := $(patsubst :%,localhost:%,$(patsubst *:%,localhost:%,$(patsubst 0.0.0.0:%,localhost:%,$(LISTEN))))
 
-.PHONY: help serve test lint bench clean
+.PHONY: help serve test lint bench install clean
 
 help:
 	@echo "make serve [DIR=/path] [LISTEN=HOST:PORT]  serve a directory at https://localhost:8443"
 	@echo "make test                                  install what tests need and run all of them"
 	@echo "make lint                                  ruff and mypy"
+	@echo "make install [DESTDIR=]                    /opt/ktlsd and systemd units; docs/operations.md goes on from there"
 	@echo "make bench                                 what a GB costs; against SSLSocket.sendall; HTTP/2 against HTTP/1.1 and nginx"
 
 serve: $(VENV)/.installed certs/localhost.pem $(if $(filter .sample,$(DIR)),.sample/SHA256SUMS)
@@ -37,6 +38,21 @@ bench: $(VENV)/.installed-test tools
 	$(BIN)/python tests/measure.py cost
 	$(BIN)/python tests/measure.py sendall
 	$(BIN)/python tests/measure.py http2
+
+# A program of its own in /opt/ktlsd, units, the kernel module at boot. Nothing that is there is overwritten but program and units.
+UNITS := $(DESTDIR)/etc/systemd/system
+install: | $(VENV)/bin/pip
+	@[ "$$(id -u)" = 0 ] || [ -n "$(DESTDIR)" ] || { echo "make install writes to /opt and /etc: run it as root" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys; sys.exit(os.path.realpath(sys.executable).startswith(("/root/", "/home/")))' || \
+	  { echo "this Python is in somebody's home, where the service can't read it: make install PYTHON=/usr/bin/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(DESTDIR)/opt/ktlsd
+	$(DESTDIR)/opt/ktlsd/bin/pip install -q --disable-pip-version-check .
+	install -d $(UNITS)/ktlsd.service.d $(DESTDIR)/etc/modules-load.d $(DESTDIR)/etc/ktlsd $(DESTDIR)/srv/files
+	install -m 0644 systemd/ktlsd.service systemd/ktlsd.socket systemd/ktlsd-http.socket $(UNITS)/
+	install -m 0644 systemd/ktlsd.service.d/10-socket.conf $(UNITS)/ktlsd.service.d/
+	install -m 0644 systemd/modules-load.d/ktlsd.conf $(DESTDIR)/etc/modules-load.d/
+	[ -e $(DESTDIR)/etc/ktlsd/ktlsd.toml ] || install -m 0644 systemd/ktlsd.toml $(DESTDIR)/etc/ktlsd/
+	@echo "Installed. Next: certificate and key into /etc/ktlsd, then systemctl daemon-reload (docs/operations.md)"
 
 clean:
 	rm -rf $(VENV) .sample .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
