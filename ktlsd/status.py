@@ -30,6 +30,7 @@ _VALUE_MAX: Final = float(1 << 62)
 _COLUMNS: Final = 80
 _INDENT: Final = 15
 _SHOWN: Final = 6  # of what there may be many
+_GLUE: Final = "\xa0"  # between a number and what it counts; shown as a space
 _DAY: Final = 86_400
 _SOON: Final = 14  # days
 _BOUND: Final = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?|\+Inf", re.ASCII)
@@ -110,6 +111,8 @@ def fetch(url: str) -> str:
         raise foreign(url, f"it answers with status {response.status}")
     if len(page) > _MAX:
         raise foreign(url, f"it is longer than {human_size(_MAX)}")
+    if response.length:
+        raise foreign(url, "it breaks off")
     return page.decode("utf-8", "replace")
 
 
@@ -204,7 +207,7 @@ def _memory(families: Families) -> list[Memory]:
 
 def _certificates(families: Families, now: float) -> list[Certificate]:
     found = [(ends, labels.get("cert", "?")) for labels, ends in families.get("ktlsd_certificate_expiry_seconds", ())]
-    return [Certificate(file, ends, round((ends - now) / _DAY, 2)) for ends, file in sorted(found)]
+    return [Certificate(file, ends, (ends - now) / _DAY) for ends, file in sorted(found)]
 
 
 def _quantile(part: float, families: Families) -> float | None:
@@ -236,7 +239,8 @@ def report(families: Families, now: float) -> list[str]:
 
 
 def _wrapped(text: str, columns: int) -> list[str]:
-    return wrap(text, columns, max_lines=_SHOWN, placeholder=" ...", break_on_hyphens=False)
+    lines = wrap(text, columns, max_lines=_SHOWN, placeholder=" ...", break_on_hyphens=False)
+    return [line.replace(_GLUE, " ") for line in lines]
 
 
 def _sections(status: Status) -> Iterator[tuple[str, Iterable[str]]]:
@@ -375,7 +379,7 @@ def _limited(lines: list[str], most: int, more: str = "more") -> list[str]:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    parts = [f"{count:,} {_WORDS.get(name, name)}" for name, count in list(counts.items())[:_SHOWN]]
+    parts = [f"{count:,}{_GLUE}{_WORDS.get(name, name)}" for name, count in list(counts.items())[:_SHOWN]]
     others = sum(list(counts.values())[_SHOWN:])
     return ", ".join([*parts, f"{others:,} others"] if others else parts)
 
@@ -385,7 +389,7 @@ def _count(count: int, what: str) -> str:
 
 
 def _percent(part: float) -> str:
-    return f"{100 * part:.1f} %"
+    return f"{100 * part:.1f}{_GLUE}%"
 
 
 def _time(seconds: float | None) -> str:

@@ -139,7 +139,9 @@ class _Everything(Collector):
         yield from self._facts()
 
     def _facts(self) -> Iterator[Metric]:
-        facts = GaugeMetricFamily("ktlsd_build_info", "What runs, in its labels; always 1.", labels=["version", "python", "openssl", "kernel"])
+        facts = GaugeMetricFamily(
+            "ktlsd_build_info", "What runs, in its labels; always 1.", labels=["version", "python", "openssl", "kernel"]
+        )
         facts.add_metric([__version__, platform.python_version(), ssl.OPENSSL_VERSION, platform.release()], 1)
         yield facts
         taken = GaugeMetricFamily(

@@ -212,7 +212,7 @@ class Supervisor:
 
     def _buried(self, hand: Hand, code: int, now: float) -> None:
         """A worker has ended: decide what that means."""
-        if hand.leaving or self._stopping:
+        if hand.leaving or self._stopping or hand.generation is None:  # None: an earlier program's, not yet told to leave
             if code:
                 _log.warning("worker %d, which was leaving, ended with %s", hand.pid, _named(code))
             return

@@ -76,7 +76,7 @@ def _workers(generation: Generation) -> list[str]:
     if os.geteuid() == 0 and not who:
         who = " as root (process.user names another)"
     if not process_settings.sandbox:
-        return [f"  processes    {count}{who}, without a sandbox: switched off"]
+        return [f"  processes    {count}{who}, no core dumps, without a sandbox: switched off"]
     found = sandbox.rehearse()
     return [
         f"  processes    {count}{who}, {f'Landlock {found.landlock}' if found.landlock else f'no Landlock: {found.why_not}'}"

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from ktlsd.server.auth import hash_password
 from tests import pki
 from tests.client import Client, wait_until
+from tests.e2e.test_operating import basic
 from tests.e2e.test_sites import write_pair
 from tests.serving import program
 
@@ -525,4 +527,66 @@ def test_probes_and_metrics_are_answered_beside_the_files(folder):
         assert refused_.value.code == 404
         assert metric(server, "ktlsd_certificate_expiry_seconds") > time.time()
         assert metric(server, "ktlsd_requests_total") == 0, "who asks for metrics is not counted"
+        assert server.stop() == 0
+
+
+# --- what a worker may do -------------------------------------------------------------------------------------------------
+
+
+def status_of(pid):
+    return dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_workers_become_another_user_who_need_not_reach_the_root_by_its_path(folder):
+    """The way to it is root's alone; key and log, too."""
+    folder.chmod(0o700)
+    configure(folder, '[process]\nuser = "nobody"')
+    with started(folder) as server:
+        serving(server)
+        assert {status_of(pid)["Uid"].split()[0] for pid in server.workers()} == {"65534"}
+        assert status_of(server.process.pid)["Uid"].split()[0] == "0"
+        assert "as nobody" in "".join(server.told)
+        client = Client(server.port)
+        assert client.get("/big").body == CONTENT
+        (folder / "root/late").write_bytes(b"late")
+        assert client.get("/late").body == b"late"
+        (folder / "root/closed").write_bytes(b"closed")
+        (folder / "root/closed").chmod(0o600)
+        assert client.get("/closed").status == 403
+        client.close()
+        fresh_pair(folder)  # which they may not read: the supervisor hands it to them
+        wait_until(lambda: said(server, "renewed"))
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: said(server, "generation 2 serves"))
+        assert Client(server.port).get("/small").status == 200
+        server.process.send_signal(signal.SIGUSR1)
+        assert server.stop() == 0
+        assert "bug" not in server.stderr.read_text()
+
+
+def test_workers_gain_no_privileges_and_the_start_up_lines_say_what_they_can_not_do(folder):
+    with started(folder) as server:
+        serving(server)
+        assert {status_of(pid)["NoNewPrivs"] for pid in server.workers()} == {"1"}
+        line = next(line for line in server.told if "processes" in line)
+        assert "2 workers" in line
+        assert "Landlock" in line
+        assert server.stop() == 0
+    configure(folder, "[process]\nsandbox = false")
+    with started(folder) as server:
+        assert "without a sandbox" in next(line for line in server.told if "processes" in line)
+        assert server.stop() == 0
+
+
+def test_a_password_file_that_is_replaced_is_read_from_inside_the_sandbox(folder):
+    (folder / "users").write_text(f"anna:{hash_password('a')}\n")
+    configure(folder, '[[rule]]\npath = "/big"\nauth = "users"', workers=1)
+    with started(folder) as server:
+        serving(server, 1)
+        client = Client(server.port)
+        assert client.get("/big", Authorization=basic("anna", "a")).status == 200
+        (folder / "new").write_text(f"bert:{hash_password('b')}\n# longer\n")
+        (folder / "new").rename(folder / "users")
+        wait_until(lambda: client.get("/big", Authorization=basic("bert", "b")).status == 200, 20)
         assert server.stop() == 0
