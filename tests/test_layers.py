@@ -13,7 +13,7 @@ LAYERS = {
     1: ["tls", "protocol", "files.plan", "files.mime", "files.multipart", "files.globs", "files.listing", "files.__init__"],
     2: ["net", "files.root", "files.digests", "files.siblings", "files.watch"],
     3: ["settings", "validation", "server", "devcert", "hashing", "status"],
-    4: ["cli", "__main__"],
+    4: ["bench", "cli", "__main__"],
 }
 # In layer 1 these two don't know each other; net doesn't know HTTP.
 STRANGERS = [
