@@ -1,7 +1,7 @@
 """What the processes of one server let each other see: shared memory with a place for each worker.
 
-Only its worker writes to a place, so nothing is locked: counters are words that are written whole, and a report is read
-again if its number changed meanwhile. What a worker wrote outlives it: nothing that was counted is lost with a crash.
+Only its worker writes to a place, so nothing is locked: counters are words that are written whole, and of two reports one is
+read while the other is written. What a worker wrote outlives it: next to nothing that was counted is lost with a crash.
 """
 
 import hashlib
@@ -9,22 +9,25 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Final
 
 from ktlsd.errors import StartError
 
-_LAYOUT: Final = 1  # a number for the layout below: another program's board is not read
-_HEAD: Final = struct.Struct("=QI4x16s")  # layout, places that were ever taken, key for hashing clients
+_LAYOUT: Final = 2  # a number for the layout below: another program's board is not read
+_HEAD: Final = struct.Struct("=QII16s")  # layout, places that were ever taken, serial, key for hashing clients
+_SERIAL_AT: Final = 12
 _HEAD_SIZE: Final = 4096
-_PLACE: Final = struct.Struct("=IIQIII4x")  # pid, state, last sign of life (monotonic ns), connections, serial, report's length
-_SERIAL_AT: Final = 20
+_PLACE: Final = struct.Struct("=IIQII")  # pid, state, last sign of life (monotonic ns), connections, which report is the last
 _OPEN_AT: Final = 16
+_WHICH_AT: Final = 20
 _WORD: Final = struct.Struct("=I")
 _COUNT: Final = struct.Struct("=H")
-_REPORT_MAX: Final = 49_152  # bytes
+_REPORT_MAX: Final = 32_764  # bytes
+_REPORTS_AT: Final = 64  # two, each with its length before it: one is read while the other is written
 _COUNTS: Final = 16_384  # in each of two rows; a client is counted once in each, and has the lesser of the two
-_COUNTS_AT: Final = 53_248
+_COUNTS_AT: Final = 69_632
 _PLACE_SIZE: Final = _COUNTS_AT + 2 * _COUNTS * _COUNT.size + 4096
 PLACES: Final = 512
 _SIZE: Final = _HEAD_SIZE + PLACES * _PLACE_SIZE  # address space: memory is what is written to
@@ -52,21 +55,21 @@ class Board:
             raise StartError("the earlier program's board has another size")
         self.memory = mmap.mmap(self.fd, _SIZE)
         if fd is None:
-            _HEAD.pack_into(self.memory, 0, _LAYOUT, 0, os.urandom(16))
+            _HEAD.pack_into(self.memory, 0, _LAYOUT, 0, 0, os.urandom(16))
         elif _HEAD.unpack_from(self.memory)[0] != _LAYOUT:
             raise StartError("the earlier program's board has another layout")
-        self.key: bytes = _HEAD.unpack_from(self.memory)[2]
+        self.key: bytes = _HEAD.unpack_from(self.memory)[3]
 
     def take(self, pid: int) -> "Place":
         """Give a free place to a worker; the supervisor's to call. Raises StartError if there is none."""
         for number in range(PLACES):
             place = Place(self, number)
             if place.state is State.FREE:
-                layout, high, key = _HEAD.unpack_from(self.memory)
+                high: int = _HEAD.unpack_from(self.memory)[1]
                 if number < high:
                     place.wipe()
                 place.give_to(pid)
-                _HEAD.pack_into(self.memory, 0, layout, max(high, number + 1), key)
+                _WORD.pack_into(self.memory, 8, max(high, number + 1))
                 return place
         raise StartError(f"{PLACES} workers are running; let older ones end first")
 
@@ -76,6 +79,28 @@ class Board:
             place = Place(self, number)
             if place.state is not State.FREE:
                 yield place
+
+    @property
+    def serial(self) -> int:
+        """Odd while counts move from one place to another: they are in both, or in neither."""
+        serial: int = _WORD.unpack_from(self.memory, _SERIAL_AT)[0]
+        return serial
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Move counts from one place to another; the supervisor's to do. `settled` waits for the end of it."""
+        for change in (True, False):
+            _WORD.pack_into(self.memory, _SERIAL_AT, (self.serial + 1) & 0xFFFFFFFF)
+            if change:
+                yield
+
+    def settled(self) -> Iterator[list["Place"]]:
+        """Yield the places that are taken until what was read of them belongs together, a hundred times at most."""
+        for _ in range(_TRIES):
+            before = self.serial
+            yield list(self.places())
+            if not before & 1 and self.serial == before:
+                return
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -99,7 +124,7 @@ class Place:
 
     def give_to(self, pid: int) -> None:
         """It is this worker's from now on."""
-        _PLACE.pack_into(self._memory, self._at, pid, State.STARTING, 0, 0, 0, 0)
+        _PLACE.pack_into(self._memory, self._at, pid, State.STARTING, 0, 0, 0)
 
     @property
     def pid(self) -> int:
@@ -140,23 +165,22 @@ class Place:
         """Put up a report; whether there was room for it."""
         if len(report) > _REPORT_MAX:
             return False
-        serial = _WORD.unpack_from(self._memory, self._at + _SERIAL_AT)[0]
-        start = self._at + _PLACE.size
-        _WORD.pack_into(self._memory, self._at + _SERIAL_AT, (serial + 1) & 0xFFFFFFFF | 1)  # odd: being written
+        which = 1 - _WORD.unpack_from(self._memory, self._at + _WHICH_AT)[0]
+        start = self._report_at(which)
         self._memory[start : start + len(report)] = report
-        _WORD.pack_into(self._memory, self._at + _SERIAL_AT + 4, len(report))
-        _WORD.pack_into(self._memory, self._at + _SERIAL_AT, ((serial + 1) & 0xFFFFFFFF | 1) + 1 & 0xFFFFFFFF)
+        _WORD.pack_into(self._memory, start - _WORD.size, len(report))
+        _WORD.pack_into(self._memory, self._at + _WHICH_AT, which)
         return True
 
     def report(self) -> bytes:
         """Return the last report, b"" if there is none."""
-        start = self._at + _PLACE.size
-        for _ in range(_TRIES):
-            serial, length = struct.unpack_from("=II", self._memory, self._at + _SERIAL_AT)
-            data = self._memory[start : start + min(length, _REPORT_MAX)]
-            if not serial & 1 and struct.unpack_from("=I", self._memory, self._at + _SERIAL_AT)[0] == serial:
-                return data
-        return b""  # its worker died while it wrote
+        which = _WORD.unpack_from(self._memory, self._at + _WHICH_AT)[0]
+        start = self._report_at(which)
+        length = _WORD.unpack_from(self._memory, start - _WORD.size)[0]
+        return self._memory[start : start + min(length, _REPORT_MAX)]
+
+    def _report_at(self, which: int) -> int:
+        return self._at + _REPORTS_AT + which * (_WORD.size + _REPORT_MAX) + _WORD.size
 
     def count(self, row: int, column: int, change: int = 0) -> int:
         """Change a count of clients, if asked to, and return it."""

@@ -65,11 +65,12 @@ class Crew:
         """Return whose control this is."""
         return next((hand for hand in self._hands.values() if hand.control is source), None)
 
-    def adopt(self, workers: Mapping[int, int], now: float) -> None:
-        """Look after the workers of the program that was here before: process number -> descriptor of its control."""
-        for pid, fd in workers.items():
+    def adopt(self, workers: Mapping[int, tuple[int, int]], now: float, *, same_board: bool) -> None:
+        """Look after the workers of the program before: process number -> descriptor of its control, number of its place."""
+        for pid, (fd, number) in workers.items():
             adopted = control.adopt(fd)
-            self._hands[pid] = Hand(pid, None, adopted, None, now, ready=True)
+            place = Place(self._board, number) if same_board else None
+            self._hands[pid] = Hand(pid, None, adopted, place, now, ready=True)
             self._poller.add(adopted, level_triggered=True)
 
     def fork(self, generation: Generation, now: float, close: Callable[[], None]) -> None:
@@ -140,14 +141,13 @@ class Crew:
             pass  # it has just ended
 
     def bury(self, pid: int) -> Hand | None:
-        """One has ended: keep what it counted, and return it; None if this is none of ours."""
+        """One has ended: keep what it counted, and return it; None if this is none of ours. Its place is still to be wiped."""
         hand = self._hands.pop(pid, None)
         if hand is not None:
             self._poller.remove(hand.control)
             hand.control.close()
             if hand.place is not None:
                 self._keep_counts(hand.place)
-                hand.place.wipe()
         return hand
 
     def _keep_counts(self, place: Place) -> None:

@@ -127,12 +127,14 @@ class _Everything(Collector):
 
     def collect(self) -> Iterable[Metric]:
         reports: dict[int, tuple[int, State, int, Report]] = {}
-        for place in self._board.places():
-            try:
-                report = msgspec.json.decode(place.report() or b"{}", type=Report)
-            except msgspec.DecodeError:
-                continue  # just being written, by a worker that died
-            reports[place.number] = place.pid, place.state, place.connections, report
+        for places in self._board.settled():
+            reports = {}
+            for place in places:
+                try:
+                    report = msgspec.json.decode(place.report() or b"{}", type=Report)
+                except msgspec.DecodeError:
+                    continue  # its worker died while it wrote, for the second time
+                reports[place.number] = place.pid, place.state, place.connections, report
         yield from _counters([report for *_, report in reports.values()])
         yield from _reads([report for *_, report in reports.values()])
         yield from _gauges(list(reports.values()))
@@ -218,6 +220,8 @@ def _gauges(places: list[tuple[int, State, int, Report]]) -> Iterator[Metric]:
     )
     answering = sum(report.answering for *_, report in places)
     yield GaugeMetricFamily("ktlsd_requests_in_progress", "Requests being answered now.", answering)
+    started = max((report.started for *_, report in places), default=0.0)
+    yield GaugeMetricFamily("ktlsd_start_time_seconds", "When ktlsd was started, since the epoch.", started)
     ends = GaugeMetricFamily("ktlsd_certificate_expiry_seconds", "When a certificate ends, since the epoch.", labels=["cert"])
     for *_, report in places:
         for cert, moment in report.certificates.items():

@@ -32,6 +32,7 @@ class Report(msgspec.Struct):
     answering: int = 0  # requests that have been understood and whose response has not ended
     certificates: dict[str, float] = {}  # when each ends, seconds since the epoch; only the supervisor's
     rates: dict[str, tuple[float, int]] = {}  # by client: bytes a second, connections (only with limits.bandwidth)
+    started: float = 0.0  # when the program was, seconds since the epoch; only the supervisor's
 
 
 class Metrics:

@@ -27,11 +27,15 @@ class Renewal:
         self._noticed = 0.0  # when the first change was, since the last look
         self._pairs: list[Pair] = []
         self._seen: dict[Pair, bytes] = {}
+        self._ends: dict[str, float] = {}  # of those that are served, whatever is in the files by now
 
     def look_after(self, generation: Generation) -> None:
         """Notice from now on when this generation's certificates change."""
         self._pairs = generation.pairs
         self._seen = {pair: _fingerprint(pair) for pair in self._pairs}
+        self._ends = {}
+        for pair in self._pairs:
+            self._note_end(pair)
         self.watch.look_after([file for pair in self._pairs for file in pair])
         self.look_at = time.monotonic() + _ANYWAY
 
@@ -60,14 +64,19 @@ class Renewal:
                 _log.warning("%s. The old pair stays", error)
                 continue
             _log.info("certificate %s: renewed", pair.cert)
+            self._note_end(pair)
             for index, fd in fds:
                 load_pem(generation.contexts[index], fd)
                 yield index, fd
 
     def expiries(self) -> dict[str, float]:
         """Return when each certificate ends, seconds since the epoch."""
-        found = {pair.cert: expiry_of(pair.cert) for pair in self._pairs}
-        return {cert: ends for cert, ends in found.items() if ends is not None}
+        return self._ends
+
+    def _note_end(self, pair: Pair) -> None:
+        ends = expiry_of(pair.cert)
+        if ends is not None:
+            self._ends[pair.cert] = ends
 
     def close(self) -> None:
         """Let go."""

@@ -10,6 +10,7 @@ from typing import Final
 INTERVAL: Final = 1.0  # seconds between two reckonings
 _STEADY: Final = 1.1  # room to grow for a client whose rate does not change
 _GROWING: Final = 2.0  # and for one whose rate has grown by a tenth
+_CLIENTS_TOLD: Final = 300  # those that send most; who sends little is not held back anyway
 _AT_THE_LEVEL: Final = 0.85  # of what it may send: such a client is held back
 _FOOTHOLD: Final = 0.02  # part of the pipe, shared by all, that even a client with next to nothing has room to grow into
 
@@ -54,7 +55,8 @@ class Shares:
     def rates(self, now: float) -> dict[str, tuple[float, int]]:
         """Return what was sent here since the last time, by client: bytes a second and connections; and begin anew."""
         seconds = max(now - (self._since or now), INTERVAL / 2)
-        rates = {name.hex(): (sent / seconds, len(self._active[name])) for name, sent in self._sent.items()}
+        most = sorted(self._sent, key=self._sent.__getitem__, reverse=True)[:_CLIENTS_TOLD]
+        rates = {name.hex(): (self._sent[name] / seconds, len(self._active[name])) for name in most}
         self._since = now
         self._sent, self._active = {}, {}
         return rates

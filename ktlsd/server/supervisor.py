@@ -18,13 +18,14 @@ from ktlsd.net import control, listeners
 from ktlsd.net.notify import Notifier
 from ktlsd.net.poller import Event, Poller
 from ktlsd.server import process, told
-from ktlsd.server.board import Board, State
+from ktlsd.server.board import Board, Place, State
 from ktlsd.server.crew import Crew, Hand
 from ktlsd.server.generation import Generation, prepare
 from ktlsd.server.metrics import Metrics, Report
 from ktlsd.server.renewal import Renewal
 from ktlsd.server.sockets import Sockets
-from ktlsd.server.upgrade import Upgrade, take_state
+from ktlsd.server.upgrade import LAYOUT, Upgrade, take_state
+from ktlsd.server.upgrade import State as Handed
 from ktlsd.server.waker import NEVER, Waker
 from ktlsd.settings import Settings
 
@@ -55,17 +56,19 @@ class Supervisor:
         self._stopping = False
         self._upgrade = Upgrade()
         self._renewal = Renewal()
-        self._board = Board()
-        self._place = self._board.take(os.getpid())
+        state = take_state(os.environ)
+        self._board, same_board = _board(state)
+        self._place = Place(self._board, state.place) if state and same_board else self._board.take(os.getpid())
         self._place.state = State.LEAVING  # it takes no connections
         self._crew = Crew(self._poller, self._board, self._metrics, _SIGNALS)
-        state = take_state(os.environ)
+        self._started = time.time() if state is None else state.started
         if state is None:
             self._sockets = Sockets(listeners.inherited(os.environ))
         else:
             self._sockets = Sockets.take_over(state.sockets)
             self._metrics.counters.update(state.counters)
-            self._crew.adopt(state.workers, time.monotonic())
+            self._metrics.reads, self._metrics.read_seconds = state.reads, state.read_seconds
+            self._crew.adopt(state.workers, time.monotonic(), same_board=same_board)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -207,8 +210,13 @@ class Supervisor:
             code = os.waitstatus_to_exitcode(status)
             if pid == self._upgrade.pid:
                 self._finish_upgrade(code)
-            elif hand := self._crew.bury(pid):
-                self._buried(hand, code, now)
+            else:
+                with self._board.moving():
+                    if hand := self._crew.bury(pid):
+                        self._buried(hand, code, now)
+                    self._publish()
+                    if hand is not None and hand.place is not None:
+                        hand.place.wipe()
 
     def _buried(self, hand: Hand, code: int, now: float) -> None:
         """A worker has ended: decide what that means."""
@@ -253,7 +261,7 @@ class Supervisor:
 
     def _publish(self) -> None:
         report = Report(0, dict(self._metrics.counters), self._metrics.reads, self._metrics.read_seconds)
-        report.certificates = self._renewal.expiries()
+        report.certificates, report.started = self._renewal.expiries(), self._started
         self._place.publish(msgspec.json.encode(report))
         self._place.beat(time.monotonic())
 
@@ -336,8 +344,24 @@ class Supervisor:
         self._metrics.count("upgrades")
         _log.info("upgrade: the new program takes over")
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        workers = {hand.pid: hand.control for hand in self._crew}
-        self._upgrade.execute(self._sockets, workers, dict(self._metrics.counters))
+        workers = {hand.pid: (hand.control.fileno(), hand.place.number if hand.place else 0) for hand in self._crew}
+        metrics = self._metrics
+        state = Handed(
+            LAYOUT, self._sockets.hand_over(), workers, self._board.fd, self._place.number, self._started,
+            dict(metrics.counters), metrics.reads, metrics.read_seconds,
+        )  # fmt: skip
+        self._upgrade.execute(state)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _board(state: Handed | None) -> tuple[Board, bool]:
+    """Return the board of the program that was here before, if we can read it, else a new one; and which it is."""
+    if state is not None:
+        try:
+            return Board(state.board), True
+        except StartError as error:
+            _log.warning("upgrade: %s; what running workers have counted since is lost", error)
+    return Board(), False
 
 
 def _named(code: int) -> str:

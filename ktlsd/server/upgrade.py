@@ -12,12 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from ktlsd.net.control import Control
-from ktlsd.server.sockets import Sockets
-
 _log = logging.getLogger("ktlsd")
 _VARIABLE: Final = "KTLSD_STATE"
-_LAYOUT: Final = 1
+LAYOUT: Final = 1  # a number for what is below
 _MAX: Final = 1 << 20  # bytes
 
 
@@ -27,8 +24,13 @@ class State:
 
     layout: int
     sockets: dict[str, dict[str, list[int]]]
-    workers: dict[int, int]  # process number -> descriptor of its control
-    counters: dict[str, int]
+    workers: dict[int, tuple[int, int]]  # process number -> descriptor of its control, number of its place on the board
+    board: int
+    place: int  # the supervisor's own
+    started: float  # seconds since the epoch
+    counters: dict[str, int]  # the supervisor's own, those of workers that have ended among them
+    reads: list[int]
+    read_seconds: float
 
 
 def take_state(environment: Mapping[str, str]) -> State | None:
@@ -39,13 +41,13 @@ def take_state(environment: Mapping[str, str]) -> State | None:
     with open(int(number), "rb") as file:
         file.seek(0)
         state = json.loads(file.read(_MAX))
-    if state.pop("layout") != _LAYOUT:
+    if state.pop("layout") != LAYOUT:
         _log.warning("upgrade: the program before this one left something unknown; its workers end by themselves")
         return None
-    workers = {int(pid): fd for pid, fd in state.pop("workers").items()}
-    for fd in workers.values():
+    workers = {int(pid): (fd, place) for pid, (fd, place) in state.pop("workers").items()}
+    for fd in (state["board"], *(fd for fd, _ in workers.values())):
         os.set_inheritable(fd, False)
-    return State(_LAYOUT, workers=workers, **state)
+    return State(LAYOUT, workers=workers, **state)
 
 
 class Upgrade:
@@ -65,12 +67,10 @@ class Upgrade:
             return False
         return True
 
-    def execute(self, sockets: Sockets, workers: Mapping[int, Control], counters: dict[str, int]) -> None:
+    def execute(self, state: State) -> None:
         """Become the new program. Returns only if that fails: everything is as it was then."""
-        for control in workers.values():
-            os.set_inheritable(control.fileno(), True)
-        fds = {pid: control.fileno() for pid, control in workers.items()}
-        state = State(_LAYOUT, sockets.hand_over(), fds, counters)
+        for fd in (state.board, *(fd for fd, _ in state.workers.values())):
+            os.set_inheritable(fd, True)
         fd = os.memfd_create("ktlsd-state", 0)
         os.write(fd, json.dumps(asdict(state)).encode())
         try:

@@ -123,12 +123,15 @@ class Worker:
         self._beat_at = now + BEAT
         report = Report(self._member.generation, dict(self._metrics.counters), self._metrics.reads, self._metrics.read_seconds)
         report.counters |= {"mapping_hits": self._scratch.mappings.hits, "mapping_misses": self._scratch.mappings.misses}
+        report.counters["log_lines_lost"] = self._services.access_log.lost
         report.memory, report.answering = self._memory.read(), self._metrics.answering
         if self._shares is not None and self._shares.due(now):
             report.rates = self._shares.rates(now)
             others = [msgspec.json.decode(p.report() or b"{}", type=Report).rates for p in self._others()]
             self._pace(self._shares.reckon([report.rates, *others]))
-        place.publish(msgspec.json.encode(report))
+        if not place.publish(msgspec.json.encode(report)):
+            report.rates = {}
+            place.publish(msgspec.json.encode(report))
 
     def _others(self) -> list[Place]:
         own = self._member.place.number
@@ -291,8 +294,6 @@ class Worker:
     def _close(self) -> None:
         self._jobs.close()
         self._services.access_log.close()
-        if self._services.access_log.lost:
-            self._metrics.count("log_lines_lost", self._services.access_log.lost)
         self._beat(time.monotonic())
         self._scratch.mappings.close()
         self._memory.close()

@@ -590,3 +590,37 @@ def test_a_password_file_that_is_replaced_is_read_from_inside_the_sandbox(folder
         (folder / "new").rename(folder / "users")
         wait_until(lambda: client.get("/big", Authorization=basic("bert", "b")).status == 200, 20)
         assert server.stop() == 0
+
+
+def test_no_counter_goes_back_whatever_happens_to_the_workers(folder):
+    with started(folder) as server:
+        serving(server)
+        seen, over = [], threading.Event()
+
+        def watch():
+            while not over.is_set():
+                seen.append(metric(server, "ktlsd_requests_total"))
+
+        watching = threading.Thread(target=watch)
+        for _ in range(20):
+            Client(server.port).get("/small")
+        wait_until(lambda: metric(server, "ktlsd_requests_total") == 20)
+        watching.start()
+        try:
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: said(server, "generation 2 serves"), 20)
+            serving(server)
+            first = server.workers()
+            server.process.send_signal(signal.SIGUSR2)
+            wait_until(lambda: len(server.workers()) == 2 and not set(first) & set(server.workers()), 30)
+            serving(server)
+            os.kill(server.workers()[0], signal.SIGKILL)
+            wait_until(lambda: said(server, "ended with SIGKILL"))
+            serving(server)
+        finally:
+            over.set()
+            watching.join(20)
+        assert seen == [20.0] * len(seen)
+        assert len(seen) > 20
+        assert metric(server, "ktlsd_upgrades_total") == 1
+        assert server.stop() == 0

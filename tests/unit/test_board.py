@@ -52,14 +52,27 @@ def test_a_place_that_is_taken_again_remembers_nothing(board):
     assert Tally(board, again).add(b"client") == 1
 
 
-def test_a_report_that_is_being_written_is_not_read_half(board):
+def test_a_report_that_is_being_written_hides_the_last_one_from_nobody(board):
     place = board.take(1)
     place.publish(b"whole")
-    at = place._at + module._SERIAL_AT
-    module._WORD.pack_into(board.memory, at, 3)  # as a worker leaves it that dies in the middle
-    assert place.report() == b""
+    start = place._report_at(1 - module._WORD.unpack_from(board.memory, place._at + module._WHICH_AT)[0])
+    board.memory[start : start + 4] = b"half"  # as a worker leaves it that is stopped in the middle
+    assert place.report() == b"whole"
     place.publish(b"next")
     assert place.report() == b"next"
+
+
+def test_who_adds_up_while_counts_move_does_so_again(board):
+    seen = []
+    for places in board.settled():
+        seen.append(len(places))
+        if len(seen) == 1:
+            with board.moving():
+                board.take(1)
+    assert seen == [0, 1]
+    assert len(list(board.settled())) == 1
+    with board.moving():
+        assert len(list(board.settled())) == 100, "it does not wait for ever"
 
 
 def test_a_report_too_long_for_its_place_is_refused(board):
