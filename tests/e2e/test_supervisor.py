@@ -354,7 +354,8 @@ def test_sessions_are_resumed_after_a_reload_with_another_certificate(folder):
         fresh_pair(folder)
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: said(server, "generation 2 serves"))
-        assert serial(server.port) != before
+        wait_until(lambda: serial(server.port) != before)
+        wait_until(lambda: len(server.workers()) == 2)  # those that leave have heard of it
         assert handshake(session)[1]
         assert not handshake()[1]
         assert server.stop() == 0
