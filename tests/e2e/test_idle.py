@@ -11,6 +11,7 @@ import pytest
 
 from tests import pki
 from tests.client import wait_until
+from tests.h2client import Http2Client
 from tests.serving import program
 
 IDLE = int(os.environ.get("KTLSD_TEST_IDLE", "500"))
@@ -27,7 +28,8 @@ def descriptors():
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("descriptors")
-def test_idle_connections_are_cheap_and_stay_usable(tmp_path, capsys):
+@pytest.mark.parametrize("protocol", ["http/1.1", "h2"])
+def test_idle_connections_are_cheap_and_stay_usable(tmp_path, capsys, protocol):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/small").write_bytes(b"small")
     pki.write(tmp_path)
@@ -39,6 +41,10 @@ def test_idle_connections_are_cheap_and_stay_usable(tmp_path, capsys):
         for number in range(IDLE):
             if number == 50:  # what every server needs is there by then
                 before = resident(proc)
+            if protocol == "h2":
+                peers.append(Http2Client(server.port))
+                assert peers[-1].fetch("/small").body == b"small"
+                continue
             sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
             peers.append(context.wrap_socket(sock, server_hostname="localhost"))
             if number % 2:
@@ -46,10 +52,13 @@ def test_idle_connections_are_cheap_and_stay_usable(tmp_path, capsys):
         assert len(os.listdir(proc / "fd")) >= IDLE
         each = (resident(proc) - before) / (IDLE - 50)
         with capsys.disabled():
-            print(f"\n{IDLE} idle connections: {each / 1024:.1f} KiB each")
+            print(f"\n{IDLE} idle connections, {protocol}: {each / 1024:.1f} KiB each")
         assert each < 64 * 1024, "a leak, or a buffer kept for every connection"
         for peer in peers[:: max(IDLE // 20, 1)]:
-            ask(peer)
+            if protocol == "h2":
+                assert peer.fetch("/small").body == b"small"
+            else:
+                ask(peer)
         for peer in peers:
             peer.close()
         wait_until(lambda: len(os.listdir(proc / "fd")) < 50)
