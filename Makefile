@@ -48,7 +48,7 @@ install: | $(VENV)/bin/pip
 	$(PYTHON) -m venv $(DESTDIR)/opt/ktlsd
 	$(DESTDIR)/opt/ktlsd/bin/pip install -q --disable-pip-version-check .
 	install -d $(UNITS)/ktlsd.service.d $(DESTDIR)/etc/modules-load.d $(DESTDIR)/etc/ktlsd $(DESTDIR)/srv/files
-	install -m 0644 systemd/ktlsd.service systemd/ktlsd.socket systemd/ktlsd-http.socket $(UNITS)/
+	install -m 0644 systemd/ktlsd.service systemd/ktlsd.socket systemd/ktlsd-http.socket systemd/ktlsd-metrics.socket $(UNITS)/
 	install -m 0644 systemd/ktlsd.service.d/10-socket.conf $(UNITS)/ktlsd.service.d/
 	install -m 0644 systemd/modules-load.d/ktlsd.conf $(DESTDIR)/etc/modules-load.d/
 	[ -e $(DESTDIR)/etc/ktlsd/ktlsd.toml ] || install -m 0644 systemd/ktlsd.toml $(DESTDIR)/etc/ktlsd/

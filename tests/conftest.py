@@ -31,7 +31,13 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without TLS in the kernel the lane test stands for all that are marked `ktls`; with it, they stand for themselves."""
     native = kernel_has_tls()
-    left_out = [item for item in items if (item.get_closest_marker("ktls") is None) == native and _belongs(item, native)]
+    under_systemd = os.environ.get("KTLSD_UML_SYSTEMD") == "1"
+    left_out = [
+        item
+        for item in items
+        if (item.get_closest_marker("systemd") is not None) != under_systemd
+        or ((item.get_closest_marker("ktls") is None) == native and not under_systemd and _belongs(item, native))
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
