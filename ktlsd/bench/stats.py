@@ -175,6 +175,16 @@ def _by_round(samples: Iterable[Sample], measure: Measure) -> dict[int, float]:
     return {number: statistics.median(values) for number, values in found.items()}
 
 
+def unpaired(of: Interval, to: Interval) -> Interval | None:
+    """Return the ratio of two medians that were not measured together, between the extremes of both; None if `to` can be 0.
+
+    Covers what the two intervals cover: that both machines stayed as they were is up to the reader.
+    """
+    if to.low <= 0:
+        return None
+    return Interval(of.middle / to.middle, of.low / to.high, of.high / to.low, min(of.count, to.count))
+
+
 def stalls(values: Sequence[float]) -> int:
     """Return how many of these speeds are below half of their median."""
     return sum(value < _STALL * statistics.median(values) for value in values) if values else 0
@@ -183,9 +193,10 @@ def stalls(values: Sequence[float]) -> int:
 def drift(values: Sequence[float]) -> float | None:
     """Return what the second half of a run is of the first (medians), None if that is near 1, may be chance, or can't be told.
 
-    `values` in the order of the rounds, six at least. Chance: Mann and Whitney's test of the two halves, exact, 5 %.
+    `values` in the order of the rounds. Chance: Mann and Whitney's test of the two halves, exact, 5 %; fewer than eight values
+    never pass it.
     """
-    if len(values) < FEWEST:
+    if len(values) < 2:
         return None
     first, second = values[: len(values) // 2], values[len(values) // 2 :]
     before, after = statistics.median(first), statistics.median(second)

@@ -48,18 +48,24 @@ def _read(segment: FileSlice, room: memoryview) -> int:
 
 def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -> int:
     """Read what is in memory at once. Raises FileCold if nothing is, FileTruncated."""
+    asks = not (file.residency.is_warm(offset) or (file.identity is not None and file.identity[0] in _mute_devices))
     try:
-        got = os.preadv(file.fd, rooms, offset, 0 if file.residency.is_warm(offset) else os.RWF_NOWAIT)
+        got = os.preadv(file.fd, rooms, offset, os.RWF_NOWAIT if asks else 0)
     except BlockingIOError as exc:
         raise FileCold(file, offset) from exc
     except OSError as exc:
         if exc.errno == errno.EOPNOTSUPP:  # tmpfs, and others that don't know whether they would wait
             file.residency.asks = False
+            if file.identity is not None:
+                _mute_devices.add(file.identity[0])
             return _preadv(file, rooms, offset, length)
         raise FileTruncated(f"read at {offset}: {exc.strerror}") from exc
     if not got:
         raise FileTruncated(f"the file ends at {offset}, {length} bytes short")
     return got
+
+
+_mute_devices: set[int] = set()  # file systems that don't know whether reading would wait
 
 
 def warm_count(file: OpenFile, offset: int, count: int) -> int:

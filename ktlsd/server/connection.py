@@ -273,6 +273,7 @@ class Connection:
         if self._http.busy:
             self.deadline = self._progress_due = now + limits.progress_timeout
             if self._rate is not None:
+                self._rate.begin(now)
                 if now >= self._rate.due:
                     self._rate.look(now, self._sent - self._channel.unacknowledged())
                 self.deadline = min(self.deadline, self._rate.due)

@@ -24,8 +24,12 @@ class MinimumRate:
         """It is owed nothing now."""
         self._taken, self.due = None, 0.0
 
+    def begin(self, now: float) -> None:
+        """It is owed something from now on, if it was not before."""
+        self.due = self.due or now + self._grace
+
     def look(self, now: float, taken: int) -> None:
-        """Compare with the last time; `taken` is how many bytes the client's TCP has acknowledged. Raises Overdue."""
+        """Compare with the last time, if there was one; `taken` is how many bytes its TCP has acknowledged. Raises Overdue."""
         if self._taken is not None and taken - self._taken < self._least * self._grace:
             raise Overdue(f"the client takes less than limits.min_rate, {self._least} bytes a second")
         self._taken, self.due = taken, now + self._grace

@@ -62,6 +62,7 @@ def test_more_connections_than_a_client_may_have_are_closed_at_once(root, caplog
 def test_handshakes_that_are_never_finished_make_room_for_others(root):
     with serving(root, handshakes=4) as server:
         served = Client(server.port)
+        assert served.get("/small").body == b"small"  # it is through
         stalled = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(12)]
         wait_until(lambda: counted(server, "turned_away:handshakes") == 8)
         assert stalled[0].recv(1) == b"", "the oldest went first"
