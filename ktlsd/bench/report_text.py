@@ -21,8 +21,8 @@ _MARKS_LEGEND: Final = (
 )
 _APART: Final = (
     "Measured at different times, so nothing that slowed the machine down cancels: b/a is the ratio of two medians, and its "
-    "interval takes the extremes of both. Ratios of such runs prove little on a noisy machine unless the intervals are far apart; "
-    "~ is where they are not apart."
+    "interval takes the extremes of both. Ratios of such runs prove little on a noisy machine unless the intervals are far "
+    "apart; ~ is where they are not apart. > is more throughput or less CPU time, < the other way round."
 )
 
 Cells = Sequence[str]
@@ -63,8 +63,10 @@ def compare(a: Result, b: Result, width: int = _NARROWEST) -> str:
         lines += ["", "They have no subject and load in common."]
     lines += _list("Machines and programs that differ", [*_differences(a, b)], width)
     for one, other, name in ((before, after, "a"), (after, before, "b")):
-        alone = dict.fromkeys(f"{_named(subject)}, {words.load(load)}" for load, subject in one if (load, subject) not in other)
-        lines += _list(f"Only in {name}", list(alone), width)
+        alone: dict[str, list[str]] = {}
+        for load, subject in (key for key in one if key not in other):
+            alone.setdefault(_named(subject), []).append(words.load(load))
+        lines += _list(f"Only in {name}", [f"{who}: {'; '.join(loads)}" for who, loads in alone.items()], width)
     return _printable(lines)
 
 
@@ -74,7 +76,9 @@ def compare(a: Result, b: Result, width: int = _NARROWEST) -> str:
 def _heading(result: Result, width: int) -> Iterable[str]:
     machine = result.machine
     yield f"ktlsd bench, {result.began}"
-    yield from _fill("; ".join(text for _, text in machine_facts(machine)), width)
+    yield from chain.from_iterable(
+        _fill(f"{about}: {text}", width, indent="  ", first="") for about, text in machine_facts(machine)
+    )
     programs = dict.fromkeys(s.subject.program for s in result.samples if s.subject.program)
     if programs:
         yield from _fill(f"Programs: {'; '.join(programs)}", width)
@@ -85,20 +89,23 @@ def machine_facts(machine: Machine) -> list[tuple[str, str]]:
     """Return what there is to say about a machine, as (about what, text)."""
     kernel = [name for name, why in machine.kernel_tls.items() if not why]
     refused = [f"{name} ({why})" for name, why in machine.kernel_tls.items() if why]
-    tls = (
-        f"kernel encrypts {', '.join(kernel)}"
-        if kernel
-        else "kernel encrypts no TLS"
-        if refused
-        else "kernel TLS not asked for"
-    )
+    if not kernel:  # commonly all for the same reason
+        refused = [
+            f"any of {len(refused)} versions and ciphers tried ({', '.join(dict.fromkeys(machine.kernel_tls.values()))})"
+        ]
+    if not machine.kernel_tls:
+        tls = "not asked"
+    elif not refused:
+        tls = f"all {len(kernel)} versions and ciphers tried"
+    else:
+        tls = f"{', '.join(kernel) or 'nothing'}; not {', '.join(refused)}"
     return [
         ("system", machine.system),
         ("virtual", machine.virtual or "not known to be virtual"),
         ("processor", f"{machine.cpu}, {machine.cpus} CPU{'s' if machine.cpus != 1 else ''} used"),
         ("memory", words.size(machine.memory)),
         ("AES-GCM in the kernel", machine.crypto or "driver of gcm(aes) unknown"),
-        ("kernel TLS", f"{tls}; not {', '.join(refused)}" if kernel and refused else tls),
+        ("TLS in the kernel", tls),
         ("versions", f"Python {machine.python}, {machine.openssl}, ktlsd {machine.ktlsd}"),
     ]
 
@@ -117,14 +124,14 @@ def _cells(row: Row, width: int) -> Cells:
     wide = width >= _WIDE
     number = words.figure if wide else words.short
     doubt = "?" if row.speed and row.speed.unsteady else ""
-    peak = None if row.peak is None else row.peak / 1e6
     cells = [
         ("! " if row.trouble else "") + row.label,
         words.TLS_SHORT[row.subject.tls],
         number(row.speed.middle / 1e6 if row.speed else None) + doubt,
         _ratio(row, wide=wide),
-        *(number(value) for value in (row.user, row.system, row.calls, row.switches, row.faults)),
-        number(peak) if peak is None or peak < 10 else f"{peak:,.0f}",
+        *(words.NOTHING if cpu is None else f"{cpu:.2f}" if cpu < 99.995 else number(cpu) for cpu in (row.user, row.system)),
+        *(number(value) for value in (row.calls, row.switches, row.faults)),
+        words.NOTHING if row.peak is None else f"{row.peak / 1e6:,.0f}",
     ]
     if wide:
         cells.insert(3, number(row.rate.middle if row.rate else None))
@@ -162,7 +169,7 @@ def _named(subject: Subject) -> str:
 
 
 def _by_key(result: Result) -> dict[tuple[Load, Subject], list[Sample]]:
-    """Return the samples by load and subject, in the order of the tables; the program, its version in it, is no part of the key."""
+    """Return the samples by load and subject as the tables have them; the program, with its version, is not in the key."""
     found: dict[tuple[Load, Subject], list[Sample]] = {}
     for group in report.groups(result):
         for row in group.rows:
@@ -185,12 +192,9 @@ def _difference(label: str, before: list[Sample], after: list[Sample]) -> Cells:
 
 
 def _differences(a: Result, b: Result) -> Iterable[str]:
-    for field in msgspec.structs.fields(Machine):
-        one, other = getattr(a.machine, field.name), getattr(b.machine, field.name)
-        if one != other and field.name == "memory":
-            one, other = words.size(one), words.size(other)
+    for (about, one), (_, other) in zip(machine_facts(a.machine), machine_facts(b.machine), strict=True):
         if one != other:
-            yield f"{field.name}: {one or 'nothing'} | {other or 'nothing'}"
+            yield f"{about}: {one} | {other}"
     for key, programs in _programs(a).items():
         if programs != (others := _programs(b).get(key, programs)):
             yield f"{key}: {', '.join(programs) or 'nothing'} | {', '.join(others) or 'nothing'}"
@@ -216,15 +220,18 @@ def _columns(heads: list[tuple[str, str]], rows: list[Cells], width: int) -> lis
     widths[0] = max(12, min(widths[0], width - sum(widths[1:]) - len(gap) * (len(heads) - 1)))
     lines = []
     for number, row in enumerate(cells):
-        names = wrap(row[0], widths[0]) or [""]
-        rest = [
-            text.ljust(w) if at == 0 else text.rjust(w) for at, (text, w) in enumerate(zip(row[1:], widths[1:], strict=True))
-        ]
+        names = _name(row[0], widths[0])
+        rest = [row[1].ljust(widths[1]), *(text.rjust(w) for text, w in zip(row[2:], widths[2:], strict=True))]
         lines.append(gap.join([names[0].ljust(widths[0]), *rest]).rstrip())
         lines += names[1:]
         if number == 1:
             lines.append("-" * min(width, sum(widths) + len(gap) * (len(heads) - 1)))
     return lines
+
+
+def _name(text: str, width: int) -> list[str]:
+    """Return the lines of a name: broken behind "+" too, where it has no space."""
+    return [line.replace("+ ", "+") for line in wrap(text.replace("+", "+ "), width)] if len(text) > width else [text]
 
 
 def _fill(text: str, width: int, *, indent: str = "", first: str | None = None) -> list[str]:

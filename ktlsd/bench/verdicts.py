@@ -60,23 +60,25 @@ def findings(result: Result) -> list[Finding]:
 
 def _kernel_tls(machine: Machine, found: list[Group]) -> Finding:
     refused = {name: why for name, why in machine.kernel_tls.items() if why}
-    points = list(_limit(found))
+    points: list[str] = []
     if machine.kernel_tls and len(refused) == len(machine.kernel_tls):
         whys = dict.fromkeys(refused.values())
         remedies = [remedy for why in whys if (remedy := handover.remedy(why))]
         answer = f"That can't be measured yet: its kernel does not encrypt TLS ({', '.join(whys)})."
-        return Finding(QUESTION, " ".join([answer, *remedies, "Then run this again."]), tuple(points))
-    for name, why in refused.items():
-        points.append(f"The kernel does not encrypt {name} ({why}). {handover.remedy(why)}".rstrip())
+        return Finding(QUESTION, " ".join([answer, *remedies, "Then run this again."]), tuple(_limit(found)))
+    unknown = [f"The kernel does not encrypt {name} ({why}). {handover.remedy(why)}".rstrip() for name, why in refused.items()]
     matches = [(about, matched) for about, matched in _pools(found) if matched]
     if not matches:
-        return Finding(QUESTION, "Not measured: no kernel way and userspace way had the same load and cipher.", tuple(points))
+        return Finding(
+            QUESTION, "Not measured: no kernel way and userspace way had the same load and cipher.", (*_limit(found), *unknown)
+        )
     answers = []
     for (condition, about), matched in matches:
         where = f"{condition}{f', {about}' if about else ''}: " if len(matches) > 1 else ""
-        answers.append(where + _answer(matched))
-        points[:0] = [where + point for point in _runs(matched, "the fastest userspace way")]
-    return Finding(QUESTION, answers[0], (*answers[1:], *points))
+        other = "its userspace mode" if matched[0].ours.subject.protocol != "raw" else "the fastest userspace way"
+        answers.append(where + _answer(matched, other))
+        points += [where + point for point in _runs(matched, other)]
+    return Finding(QUESTION, answers[0], (*answers[1:], *points, *_limit(found), *unknown))
 
 
 def _pools(found: list[Group]) -> list[tuple[tuple[str, str], list[Match]]]:
@@ -108,22 +110,21 @@ def _fastest(rows: Iterable[Row]) -> Row | None:
     return max((row for row in rows if row.speed), key=lambda row: row.speed.middle if row.speed else 0, default=None)
 
 
-def _answer(matched: list[Match]) -> str:
+def _answer(matched: list[Match], other: str) -> str:
     """Return yes, no, it depends, or nobody can tell, with the figures of the largest size that says so."""
     better = [m for m in matched if m.outcome is Verdict.BETTER]
     worse = [m for m in matched if m.outcome is Verdict.WORSE]
     saving = [m for m in matched if m.outcome is Verdict.OPEN and m.saves is Verdict.BETTER]
+    if better and worse:
+        but = f"but {_times(worse[-1].speed)} for {words.size(worse[-1].size)}"
+        return f"It depends on the size: {_figures(better[-1], other)}; {but}."
     if better:
-        said = "It depends" if worse else "Yes"
-        said += f": {_figures(better[-1], 'the fastest userspace way')}"
-        if worse:
-            return f"{said}; but {_figures(worse[-1], 'it')}."
-        return f"{said}{_below(matched, better)}."
+        return f"Yes: {_figures(better[-1], other)}{_below(matched, better)}."
     if worse:
-        return f"No, it is slower: {_figures(worse[-1], 'the fastest userspace way')}."
+        return f"No, it is slower: {_figures(worse[-1], other)}."
     if saving:
-        return f"It is not faster, but saves CPU time: {_figures(saving[-1], 'the fastest userspace way')}."
-    return f"No difference can be told: {_figures(matched[-1], 'the fastest userspace way')}."
+        return f"It is not faster, but saves CPU time: {_figures(saving[-1], other)}."
+    return f"No difference can be told: {_figures(matched[-1], other)}."
 
 
 def _below(matched: list[Match], better: list[Match]) -> str:
@@ -134,13 +135,15 @@ def _below(matched: list[Match], better: list[Match]) -> str:
     return ""
 
 
-def _figures(match: Match, other: str) -> str:
-    """Return "2.10 times (1.90 to 2.40) the throughput of …, at 0.45 times (…) the CPU time, for 256 MiB"."""
+def _figures(match: Match, other: str, *, size: bool = True) -> str:
+    """Return "2.10 times (1.90 to 2.40) the throughput of …, with 0.45 times (…) its CPU time per byte, for 256 MiB"."""
     parts = [f"{_times(match.speed)} the throughput of {other}"]
     if match.cpu:
         doubt = " (no difference can be told)" if match.saves is Verdict.OPEN else ""
         parts.append(f"with {_times(match.cpu)} its CPU time per byte{doubt}")
-    return f"{', '.join(parts)}, for {words.size(match.size)}"
+    if size:
+        parts.append(f"for {words.size(match.size)}")
+    return ", ".join(parts)
 
 
 def _times(ratio: Interval | None) -> str:
@@ -154,13 +157,21 @@ def _times(ratio: Interval | None) -> str:
 def _runs(matched: list[Match], other: str) -> list[str]:
     """Return a sentence for each run of neighbouring sizes with the same outcome: its ends and its largest size's figures."""
     sentences = []
-    for outcome, run in groupby(matched, key=lambda m: (m.outcome, m.saves)):
+    for (outcome, _), run in groupby(matched, key=lambda m: (m.outcome, m.saves)):
         sizes = list(run)
         last = sizes[-1]
         ends = " to ".join(dict.fromkeys(words.size(m.size) for m in (sizes[0], last)))
-        names = f"{last.ours.label}, {words.TLS[last.ours.subject.tls]}, against {last.theirs.label}"
-        sentences.append(f"{ends}: {words.SPEED[outcome[0]]}; {_figures(last, other)} ({names}).")
+        figures = _figures(last, other, size=len(sizes) > 1)
+        sentences.append(f"{ends}: {words.SPEED[outcome]}; {figures} ({_names(last)}).")
     return sentences
+
+
+def _names(match: Match) -> str:
+    """Return who was compared with whom, once what both have in common."""
+    ours, theirs = (words.TLS[row.subject.tls] for row in (match.ours, match.theirs))
+    if match.ours.label == match.theirs.label:
+        return f"{match.ours.label}: {ours} against {theirs}"
+    return f"{match.ours.label}, {ours}, against {match.theirs.label}"
 
 
 def _limit(found: list[Group]) -> Iterable[str]:

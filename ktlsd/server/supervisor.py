@@ -280,7 +280,7 @@ class Supervisor:
         """Read the settings again and carry them out beside the old ones; those go on until the new ones serve."""
         if self._stopping:
             return
-        if self._next is not None or not self._generation or not any(hand.ready for hand in self._crew.of(self._generation)):
+        if self._next is not None or self._generation is None:
             self._reload_again = True
             return
         self._notifier.reloading()
