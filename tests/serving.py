@@ -23,6 +23,7 @@ from ktlsd.net.listeners import Listener
 from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.admission import Trusted
 from ktlsd.server.entrance import Door, Membership
+from ktlsd.server.hot import HotResponses
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Responder
 from ktlsd.server.services import Services
@@ -50,7 +51,7 @@ class ThreadServer:
         self._log_file = log_file
         log = AccessLog(str(log_file) if log_file else None, "json")
         self._sites = Sites(settings or Settings(root=str(root)))
-        services = Services(Responder(self._sites), log, self.metrics, limits or Limits())
+        services = Services(HotResponses(Responder(self._sites)), log, self.metrics, limits or Limits())
         keylog = None
         if kernel is None:
             from ktlsd.net.kernel import LinuxKernel

@@ -89,16 +89,14 @@ def machine_facts(machine: Machine) -> list[tuple[str, str]]:
     """Return what there is to say about a machine, as (about what, text)."""
     kernel = [name for name, why in machine.kernel_tls.items() if not why]
     refused = [f"{name} ({why})" for name, why in machine.kernel_tls.items() if why]
-    if not kernel:  # commonly all for the same reason
-        refused = [
-            f"any of {len(refused)} versions and ciphers tried ({', '.join(dict.fromkeys(machine.kernel_tls.values()))})"
-        ]
     if not machine.kernel_tls:
         tls = "not asked"
     elif not refused:
         tls = f"all {len(kernel)} versions and ciphers tried"
+    elif not kernel:  # commonly all for the same reason
+        tls = f"none of {len(refused)} versions and ciphers tried ({', '.join(dict.fromkeys(machine.kernel_tls.values()))})"
     else:
-        tls = f"{', '.join(kernel) or 'nothing'}; not {', '.join(refused)}"
+        tls = f"{', '.join(kernel)}; not {', '.join(refused)}"
     return [
         ("system", machine.system),
         ("virtual", machine.virtual or "not known to be virtual"),
@@ -149,7 +147,7 @@ def _copies(found: list[Group], width: int) -> Iterable[str]:
     told = dict.fromkeys((s.name, s.tls, known) for s in ways if (known := copies.of(s)))
     if told:
         yield ""
-        yield "Copies of each byte by the sender's CPU, encryption counted apart (known, not measured):"
+        yield "Copies of each byte by the sender's CPU (known, not measured):"
     for name, tls, known in told:
         passes = " + encryption" if known.encryptions else ""
         yield from _fill(f"{name}, {words.TLS[tls]}: {known.copies}{passes}: {known.why}.", width, indent="    ", first="  ")
@@ -217,7 +215,7 @@ def _columns(heads: list[tuple[str, str]], rows: list[Cells], width: int) -> lis
     cells = [[head[0] for head in heads], [head[1] for head in heads], *rows]
     gap = "  " if width >= _WIDE else " "
     widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
-    widths[0] = max(12, min(widths[0], width - sum(widths[1:]) - len(gap) * (len(heads) - 1)))
+    widths[0] = max(min(12, widths[0]), min(widths[0], width - sum(widths[1:]) - len(gap) * (len(heads) - 1)))
     lines = []
     for number, row in enumerate(cells):
         names = _name(row[0], widths[0])

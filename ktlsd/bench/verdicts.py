@@ -75,7 +75,8 @@ def _kernel_tls(machine: Machine, found: list[Group]) -> Finding:
     answers = []
     for (condition, about), matched in matches:
         where = f"{condition}{f', {about}' if about else ''}: " if len(matches) > 1 else ""
-        other = "its userspace mode" if matched[0].ours.subject.protocol != "raw" else "the fastest userspace way"
+        subject = matched[0].ours.subject
+        other = "the fastest userspace way" if subject.protocol == "raw" else f"{subject.name}'s userspace mode"
         answers.append(where + _answer(matched, other))
         points += [where + point for point in _runs(matched, other)]
     return Finding(QUESTION, answers[0], (*answers[1:], *points, *_limit(found), *unknown))

@@ -51,7 +51,7 @@ def goaway(last: int, code: ErrorCodes, why: str = "") -> bytes:
 
 
 class _Few(list[int]):
-    """The values of one setting, those not yet acknowledged behind the one that holds: what h2 needs of a deque, in 72 bytes."""
+    """One setting's values, those not yet acknowledged behind the one that holds: what h2 needs of a deque, in 72 bytes."""
 
     __slots__ = ()
 

@@ -10,12 +10,10 @@ from typing import Final
 
 from ktlsd.errors import RequestError
 from ktlsd.protocol.bodies import BodyDrain
-from ktlsd.protocol.http1_syntax import parse_fields, parse_request_line, target_and_host
+from ktlsd.protocol.http1_syntax import MAX_HEAD, MAX_REQUEST_LINE, understand
 from ktlsd.protocol.messages import Ended, Refused, Request, Response, reason_phrase
 from ktlsd.slices import FileSlice, Segment
 
-MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
-MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
 MAX_PIPELINED: Final = 4  # requests understood and not yet answered; more wait in the buffer
 MAX_BUFFERED: Final = MAX_HEAD + 4  # bytes; above it no more input is wanted
 MAX_DISCARDED: Final = 262_144  # bytes taken behind the last request and thrown away
@@ -189,44 +187,19 @@ class Http1Connection:
         return head
 
     def _parse(self, head: bytes) -> Request:
-        line, _, rest = head.partition(b"\r\n")
-        self._line = line[:256]
-        if len(line) > MAX_REQUEST_LINE:
-            raise RequestError(414, f"The request line is longer than {MAX_REQUEST_LINE} bytes.")
-        if len(head) > MAX_HEAD:
-            raise RequestError(431, f"The header is larger than {MAX_HEAD} bytes.")
-        method, target, http10 = parse_request_line(line)
-        headers = parse_fields(rest)
-        values: dict[bytes, list[bytes]] = {}
-        for name, value in headers:
-            values.setdefault(name, []).append(value)
-        target, host = target_and_host(method, target, values, http10=http10)
-        body = BodyDrain.for_request(values, http10=http10)
-        keep_alive = self._persistent(values.get(b"connection", []), http10=http10)
-        exchange = _Exchange(self._take_id(), keep_alive, method == b"HEAD", http10)
-        expectation = values.get(b"expect")
+        self._line = head[:256].partition(b"\r\n")[0]
+        understood = understand(head)
+        method, target, host, headers, http10, persistent, expectation, values = understood
+        body = BodyDrain.for_request(values, http10=http10) if values is not None else None
+        self._left -= 1
+        exchange = _Exchange(self._take_id(), persistent and self._left > 0, method == "HEAD", http10)
         if expectation is not None and not http10:
             if [value.lower() for value in expectation] != [b"100-continue"]:
                 raise RequestError(417, "The only expectation met here is 100-continue.")
             exchange.continue_wanted = body is not None and not self._buffer
         self._body = body
         self._exchanges.append(exchange)
-        return Request(
-            method=method.decode("ascii"),
-            target=target,
-            host=host,
-            headers=headers,
-            version="HTTP/1.0" if http10 else "HTTP/1.1",
-            stream_id=exchange.stream_id,
-        )
-
-    def _persistent(self, connection: list[bytes], *, http10: bool) -> bool:
-        """Whether the connection goes on after this request (RFC 9112 §9.3)."""
-        self._left -= 1
-        options = {option.strip().lower() for value in connection for option in value.split(b",")}
-        if b"close" in options or self._left <= 0:
-            return False
-        return not http10 or b"keep-alive" in options
+        return Request(method, target, host, headers, "HTTP/1.0" if http10 else "HTTP/1.1", exchange.stream_id)
 
     def _refuse(self, error: RequestError) -> list[Request | Refused]:
         """Answer with an error in its turn, and read no further: where the next request starts is not known any more."""

@@ -1,10 +1,12 @@
 """The head of an HTTP/1.1 request, line by line (RFC 9112 §3, §5): each rule has its own answer and status. Pure functions."""
 
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from ktlsd.errors import RequestError
 
+MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
+MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
 MAX_FIELDS: Final = 100
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
@@ -67,6 +69,51 @@ def target_and_host(method: bytes, target: bytes, values: dict[bytes, list[bytes
             raise RequestError(400, "The target's host is not a host.")
         return path if path.startswith(b"/") else b"/" + path, authority
     raise RequestError(400, "The target is neither a path nor an http(s) URL.")
+
+
+class Understood(NamedTuple):
+    """A head, understood. `values` are the fields by name if the request has, or claims, a body; None if it has none."""
+
+    method: str
+    target: bytes
+    host: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    http10: bool
+    persistent: bool  # the connection goes on afterwards, as far as the client is concerned (RFC 9112 §9.3)
+    expectation: list[bytes] | None
+    values: dict[bytes, list[bytes]] | None
+
+
+_understood: dict[bytes, Understood] = {}  # heads come again and again, byte for byte
+_REMEMBERED: Final = 1_024
+_REMEMBERED_MAX: Final = 1_024  # bytes of a head
+
+
+def understand(head: bytes) -> Understood:
+    """Return what a head without its empty line says. Raises RequestError."""
+    known = _understood.get(head)
+    if known is not None:
+        return known
+    line, _, rest = head.partition(b"\r\n")
+    if len(line) > MAX_REQUEST_LINE:
+        raise RequestError(414, f"The request line is longer than {MAX_REQUEST_LINE} bytes.")
+    if len(head) > MAX_HEAD:
+        raise RequestError(431, f"The header is larger than {MAX_HEAD} bytes.")
+    method, target, http10 = parse_request_line(line)
+    headers = parse_fields(rest)
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        values.setdefault(name, []).append(value)
+    target, host = target_and_host(method, target, values, http10=http10)
+    options = {option.strip().lower() for value in values.get(b"connection", []) for option in value.split(b",")}
+    persistent = b"close" not in options and (not http10 or b"keep-alive" in options)
+    body = values if b"content-length" in values or b"transfer-encoding" in values else None
+    made = Understood(method.decode("ascii"), target, host, headers, http10, persistent, values.get(b"expect"), body)
+    if len(head) <= _REMEMBERED_MAX and b"authorization" not in values:
+        if len(_understood) >= _REMEMBERED:
+            _understood.clear()
+        _understood[head] = made
+    return made
 
 
 def plain_answer(request: bytes) -> bytes:

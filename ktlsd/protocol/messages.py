@@ -63,6 +63,7 @@ class Response:
     content_length: int | None = 0  # None: the status has no body (304, 204)
     close_connection: bool = False
     stream: Stream | None = None
+    reusable: bool = False  # an equal request may have it too, as long as the file is the same
 
     @property
     def body_bytes(self) -> int:

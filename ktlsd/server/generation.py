@@ -27,6 +27,7 @@ from ktlsd.server.admission import Trusted
 from ktlsd.server.contexts import Pair, build_context, build_contexts, load_pem, pairs_of, pem_file, read_pair
 from ktlsd.server.entrance import Door, Membership
 from ktlsd.server.exposition import MetricsPage
+from ktlsd.server.hot import HotResponses
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Redirector, Responder
 from ktlsd.server.services import Services
@@ -207,7 +208,9 @@ def work(generation: Generation, membership: Membership) -> None:
     if settings.process.user is not None:
         sandbox.drop_privileges(settings.process.user, settings.process.group)
     keylog = _catch_keys(generation.policy, generation.contexts)
-    services = Services(Responder(generation.sites, hsts=_hsts(settings)), generation.access_log, Metrics(), settings.limits)
+    services = Services(
+        HotResponses(Responder(generation.sites, hsts=_hsts(settings))), generation.access_log, Metrics(), settings.limits
+    )
     doors = [
         Door(listener, generation.contexts[0] if entry.kind == "https" else None, own)
         for entry in generation.entries
@@ -253,7 +256,7 @@ def _services_behind(entry: Entry, generation: Generation, membership: Membershi
     if http is None:
         return services
     if http.action == "serve":
-        return replace(services, responder=Responder(generation.sites))
+        return replace(services, responder=HotResponses(Responder(generation.sites)))
     sites = generation.challenges[http.acme] if http.acme is not None else generation.sites
     return replace(services, responder=Redirector(Responder(sites), http.https_port))
 

@@ -281,6 +281,7 @@ def _file(asked: _Asked, path: Path, file: OpenFile) -> Response:
             shown = replace(shown, digest=site.digests.lookup(where, shown.file, time.monotonic()))
         boundary = os.urandom(15).hex().encode() if request.header(b"range") else b""
         response = plan.plan_file(request, shown, int(asked.now), boundary=boundary)
+        response.reusable = response.status == 200 and not (policy.is_locked or asked.policy.is_locked)
     finally:
         file.release()  # the response's slices hold it from here on
         if sibling is not None:

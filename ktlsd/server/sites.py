@@ -34,6 +34,11 @@ class Policy:
     status: int = 302
     try_files: tuple[str, ...] | None = None
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether it depends on more than the path who may have it."""
+        return self.passwords is not None or self.signer is not None
+
 
 class Site:
     """One root with its rules."""

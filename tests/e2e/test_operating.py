@@ -262,7 +262,7 @@ def test_long_listings_have_their_places_from_the_beginning(root):
         peers = [Client(server.port, receive_buffer=16_384) for _ in range(13)]
         for peer in peers:
             peer.send(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /many/ HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
-        responder = next(iter(server.worker._entrance._doors.values())).services.responder
+        responder = next(iter(server.worker._entrance._doors.values())).services.responder._responder
         wait_until(lambda: responder._streams.taken == 32)
         for peer in peers:
             peer.close()

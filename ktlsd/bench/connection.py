@@ -1,0 +1,299 @@
+"""One connection to a server that is measured: from the handshake to the last byte, either looked at or thrown away.
+
+Blocking sockets throughout. The handshake is done over memory BIOs, so that every byte of the wire is counted.
+"""
+
+import functools
+import socket
+import ssl
+import struct
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from hpack import Decoder
+
+from ktlsd import uapi
+from ktlsd.bench import answers
+from ktlsd.bench.answers import Answer, Http1Answer, Http2Answer, Kind, NotMeasurable, Payload, RawAnswer, WrongAnswer
+from ktlsd.tls import records
+from ktlsd.tls.suites import suite_by_name
+
+STALL: Final = 20.0  # seconds without a byte, then it won't come any more
+_GRACE: Final = 0.05  # seconds for bytes that may still come when all that must come has
+_SLACK: Final = 128  # bytes; a date, a ticket or a header may be a little shorter the next time
+_SINK: Final = 4 << 20  # bytes; never written to, so they take no memory
+_RECEIVE: Final = 1 << 18
+_VERSIONS: Final = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
+_TLS12: Final = {
+    "": "ECDHE+AES256+AESGCM:ECDHE+AES128+AESGCM:ECDHE+CHACHA20",
+    "AES-128-GCM": "ECDHE+AES128+AESGCM",
+    "AES-256-GCM": "ECDHE+AES256+AESGCM",
+    "CHACHA20-POLY1305": "ECDHE+CHACHA20",
+}
+CIPHERS: Final = tuple(_TLS12)[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked for, where and how.
+
+    `version` "" is in the clear. `cipher` "" leaves it to the server; TLS 1.3's can be looked at, not chosen. `streams`
+    are HTTP/2's, at a time. `closes`: the server is to end the connection behind its answer, where HTTP can say so.
+    """
+
+    port: int
+    payload: Payload
+    kind: Kind
+    version: str = "TLSv1.3"
+    cipher: str = ""
+    streams: int = 1
+    closes: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What one verified transfer took: bytes of the wire behind the request, and in which bounds others may be."""
+
+    bytes: int
+    least: int
+    most: int
+    version: str  # as agreed on, "" in the clear
+    cipher: str
+
+
+class Connection:
+    """One connection, ready to ask: the handshake is done, and with HTTP/2 everything that can be is settled."""
+
+    def __init__(self, ask: Ask) -> None:
+        """Raises NotMeasurable if it comes to no agreement."""
+        self.ask_for = ask
+        self.wire = 0  # bytes that came since `ask`, or before it behind all that was read
+        self.version = self.cipher = ""
+        self._tls: ssl.SSLObject | None = None
+        self._records = records.OutgoingRecords()
+        self._records.start()
+        self._decoder = Decoder()
+        try:
+            self.sock = socket.create_connection(("127.0.0.1", ask.port), timeout=STALL)
+        except OSError as exc:
+            raise NotMeasurable(f"nobody answers at port {ask.port}: {exc.strerror or exc}") from exc
+        try:
+            self._prepare()
+        except (OSError, WrongAnswer) as exc:
+            self.close()
+            raise NotMeasurable(f"no connection came about: {exc}") from exc
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        ask = self.ask_for
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(None)  # Python's own timeout would be a poll before every recv
+        self._patience(STALL)
+        if ask.version:
+            self._handshake()
+        if ask.kind == "h2":
+            self._settle()
+        if ask.kind == "raw":
+            self._request = b"\1"
+        elif ask.kind == "http/1.1":
+            self._request = answers.http1_request(ask.payload.name, closes=ask.closes)
+        else:
+            self._request = answers.http2_requests(ask.payload.name, ask.streams)
+
+    def _patience(self, seconds: float) -> None:
+        whole = int(seconds)
+        value = struct.pack("ll", whole, int((seconds - whole) * 1e6))  # struct timeval
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+    def _handshake(self) -> None:
+        ask = self.ask_for
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context(ask.kind, ask.version, ask.cipher).wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+        came = b""
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self.sock.sendall(self._outgoing.read())
+            except ssl.SSLError as exc:
+                raise NotMeasurable(f"no handshake with {ask.version} {ask.cipher}: {exc.reason or exc}") from exc
+            came = self._receive()
+            if not came:
+                raise NotMeasurable(f"no handshake with {ask.version} {ask.cipher}: it hangs up")
+            self._incoming.write(came)
+        self.sock.sendall(self._outgoing.read())
+        self.wire = self._incoming.pending  # what came behind the handshake
+        self._records.feed(came[len(came) - self.wire :])
+        self._tls = tls
+        self.version = tls.version() or ""
+        cipher = tls.cipher()
+        self.cipher = cipher_name(cipher[0] if cipher else "")
+        if ask.cipher and self.cipher != ask.cipher:
+            raise NotMeasurable(f"it chooses {self.cipher}, asked for was {ask.cipher} ({ask.version})")
+        if ask.kind == "h2" and tls.selected_alpn_protocol() != "h2":
+            raise NotMeasurable("it doesn't speak HTTP/2")
+
+    def _settle(self) -> None:
+        """Exchange SETTINGS; behind the answer to a PING nothing of the server's is under way any more."""
+        answer = Http2Answer(self.ask_for.payload, 0, decoder=self._decoder)
+        self.send(answers.http2_opening())
+        asked = False
+        while not answer.settled:
+            plain = self.read()
+            if not plain:
+                raise NotMeasurable("it hangs up on HTTP/2")
+            answer.feed(plain)
+            if not asked:
+                self.send(answers.http2_settled())
+                asked = True
+        self.wire = 0
+
+    # --- bytes -----------------------------------------------------------------------------------------------------
+
+    def send(self, plain: bytes) -> None:
+        """Encrypt and send."""
+        if self._tls is not None:
+            self._tls.write(plain)
+            plain = self._outgoing.read()
+        self.sock.sendall(plain)
+
+    def ask(self) -> None:
+        """Send the request. Raises WrongAnswer."""
+        try:
+            self.send(self._request)
+        except OSError as exc:
+            raise WrongAnswer(f"it does not take the request: {exc.strerror}") from exc
+
+    def _receive(self) -> bytes:
+        try:
+            return self.sock.recv(_RECEIVE)
+        except BlockingIOError:
+            raise WrongAnswer(f"nothing came for {STALL:g} seconds, after {self.wire} bytes") from None
+        except OSError as exc:
+            raise WrongAnswer(f"the connection was lost after {self.wire} bytes: {exc.strerror}") from exc
+
+    def read(self) -> bytes:
+        """Return what came, decrypted; b"" at the end. Raises WrongAnswer."""
+        while True:
+            if self._tls is not None:
+                plain, ended = _decrypted(self._tls)
+                if plain or ended:
+                    return plain
+            came = self._receive()
+            self.wire += len(came)
+            if not came or self._tls is None:
+                return came
+            self._records.feed(came)
+            self._incoming.write(came)
+
+    def verify(self) -> Wire:
+        """Ask, take the answer apart and compare it. Raises WrongAnswer."""
+        self.ask()
+        answer = self._answer()
+        to_the_end = self.ask_for.closes and self.ask_for.kind != "h2"
+        while to_the_end or not answer.done:
+            plain = self.read()
+            if not plain:
+                break
+            answer.feed(plain)
+        answer.check()
+        return self._bounds(answer)
+
+    def _answer(self) -> Answer:
+        ask = self.ask_for
+        if ask.kind == "raw":
+            return RawAnswer(ask.payload)
+        if ask.kind == "http/1.1":
+            return Http1Answer(ask.payload)
+        return Http2Answer(ask.payload, ask.streams, decoder=self._decoder)
+
+    def _bounds(self, answer: Answer) -> Wire:
+        """Whoever sends this answer sends at least so much: in full records, with tickets and alert as they came here."""
+        least = answer.least
+        suite = suite_by_name(_openssl_name(self._tls))
+        if suite:
+            number = uapi.TLS_1_3_VERSION if self.version == "TLSv1.3" else uapi.TLS_1_2_VERSION
+            overhead = records.overhead(number, suite.cipher_type)
+            besides = self.wire - answer.plain - self._records.count * overhead
+            least += -(-least // records.MAX_PLAINTEXT) * overhead + max(besides, 0)
+        return Wire(self.wire, least - _SLACK, self.wire + self.wire // 16 + 4_096, self.version, self.cipher)
+
+    def discard(self, wire: Wire) -> float:
+        """Take an answer without looking at it; return when its last byte came (monotonic). Raises WrongAnswer."""
+        sock, sink, clock = self.sock, _sink, time.monotonic
+        taken, last = self.wire, clock()
+        # Without the server's end of connection, what the verified one had is all; frames and records may come out fewer.
+        enough = wire.bytes if self.ask_for.kind == "h2" or not self.ask_for.closes else wire.most + 1
+        waited = False
+        while taken < enough:
+            try:
+                count = sock.recv_into(sink, _SINK, socket.MSG_TRUNC)
+            except BlockingIOError:
+                if waited:
+                    break
+                raise WrongAnswer(f"nothing came for {STALL:g} seconds, after {taken} of {wire.bytes} bytes") from None
+            except OSError as exc:
+                if taken >= wire.least:
+                    break
+                raise WrongAnswer(f"the connection was lost after {taken} of {wire.bytes} bytes: {exc.strerror}") from exc
+            if not count:
+                break
+            taken, last = taken + count, clock()
+            if not waited and wire.least <= taken < enough <= wire.bytes:
+                self._patience(_GRACE)
+                waited = True
+        if taken < wire.least:
+            raise WrongAnswer(f"it ends after {taken} bytes of the wire; no encryption of the answer is below {wire.least}")
+        if taken > wire.most:
+            raise WrongAnswer(f"it sends {taken} bytes of the wire and more, with the same answer it was {wire.bytes} before")
+        return last
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
+
+
+_sink = bytearray(_SINK)
+
+
+def _decrypted(tls: ssl.SSLObject) -> tuple[bytes, bool]:
+    """Return the plaintext of all whole records, and whether the peer has ended its direction."""
+    pieces: list[bytes] = []
+    try:
+        while piece := tls.read(records.MAX_PLAINTEXT):
+            pieces.append(piece)
+    except ssl.SSLWantReadError:
+        return b"".join(pieces), False
+    except ssl.SSLZeroReturnError:
+        pass
+    except ssl.SSLError as exc:
+        raise WrongAnswer(f"a record can't be decrypted: {exc.reason or exc}") from exc
+    return b"".join(pieces), True
+
+
+def _openssl_name(tls: ssl.SSLObject | None) -> str:
+    cipher = tls.cipher() if tls is not None else None
+    return cipher[0] if cipher else ""
+
+
+def cipher_name(name: str) -> str:
+    """Return the cipher in OpenSSL's name of a suite as the kernel's headers call it, "AES-256-GCM"; else the whole name."""
+    suite = suite_by_name(name)
+    return uapi.CIPHERS[suite.cipher_type].name if suite else name
+
+
+@functools.cache
+def context(kind: Kind, version: str, cipher: str) -> ssl.SSLContext:
+    """Return a client's context for exactly this version."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.check_hostname, made.verify_mode = False, ssl.CERT_NONE  # which server it is we know: we have started it
+    made.minimum_version = made.maximum_version = _VERSIONS[version]
+    made.set_ciphers(_TLS12[cipher])
+    if kind != "raw":
+        made.set_alpn_protocols([kind])
+    return made

@@ -1,0 +1,107 @@
+"""Answers to what is asked again and again: small files from memory, found by the whole request.
+
+A worker asked for the same small file thousands of times a second opens, looks at, plans and reads it each time. Here the
+second equal request (method, target, host, every field) within a second has its answer kept, and the file open. Before each
+use the open file is looked at: its inode's change time tells of changes, of a file moved over it, and of its end. What is
+decided elsewhere (a precompressed sibling that appears, a folder that is renamed) counts after a second at most.
+"""
+
+import os
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from ktlsd.errors import FileCold, FileTruncated, RequestError
+from ktlsd.net.gather import gather
+from ktlsd.protocol.messages import Headers, Refused, Request, Response
+from ktlsd.protocol.semantics import http_date
+from ktlsd.server.later import Later
+from ktlsd.server.services import Answers
+from ktlsd.slices import FileSlice, OpenFile
+
+HOT_MAX: Final = 65_536  # bytes of a file
+_FOR: Final = 1.0  # seconds until it is looked for anew
+_SETTLED: Final = 0.1  # seconds since the last change: two changes within a tick of the file system's clock look like one
+_ENTRIES: Final = 512  # each has a descriptor
+_MEMORY: Final = 16 << 20  # bytes
+_SEEN: Final = 4_096
+
+Key = tuple[str, bytes, bytes, tuple[tuple[bytes, bytes], ...]]
+
+
+@dataclass(slots=True)
+class _Hot:
+    file: OpenFile
+    body: bytes
+    headers: Headers  # without the first, Date
+    until: float  # monotonic seconds
+
+
+class HotResponses:
+    """Stands before a responder and answers what it can by itself. One worker's."""
+
+    def __init__(self, responder: Answers) -> None:
+        self._responder = responder
+        self._hot: OrderedDict[Key, _Hot] = OrderedDict()
+        self._seen: dict[Key, None] = {}
+        self._bytes = 0
+
+    def respond(self, request: Request | Refused) -> Response | Later:
+        """Return the response, or what has to be done first, in a thread."""
+        if isinstance(request, Refused) or request.method != "GET":
+            return self._responder.respond(request)
+        key = request.method, request.target, request.host, request.headers
+        hot = self._hot.get(key)
+        if hot is not None:
+            if time.monotonic() < hot.until and _unchanged(hot.file):
+                date = (b"Date", http_date(int(time.time())))
+                return Response(200, [date, *hot.headers], [hot.body] if hot.body else [], len(hot.body))
+            self._forget(key)
+        response = self._responder.respond(request)
+        if isinstance(response, Response) and response.reusable:
+            self._remember(key, response)
+        return response
+
+    def refuse(self, request: Request | Refused, error: RequestError) -> Response:
+        """Return the response that says why there is no other."""
+        return self._responder.refuse(request, error)
+
+    def _remember(self, key: Key, response: Response) -> None:
+        """Keep an answer, if it was asked for before."""
+        if len(response.body) != 1 or (response.content_length or 0) > HOT_MAX:
+            return
+        if key not in self._seen:
+            if len(self._seen) >= _SEEN:
+                self._seen.clear()
+            self._seen[key] = None
+            return
+        (part,) = response.body
+        if not isinstance(part, FileSlice) or time.time() - part.file.ctime_ns / 1e9 < _SETTLED:
+            return
+        try:
+            body = bytes(gather([part], memoryview(bytearray(part.length))))
+        except (FileCold, FileTruncated):
+            return
+        if len(body) != part.length or not _unchanged(part.file):
+            return
+        self._hot[key] = _Hot(part.file.hold(), body, response.headers[1:], time.monotonic() + _FOR)
+        self._bytes += part.length
+        while self._bytes > _MEMORY or len(self._hot) > _ENTRIES:
+            self._forget(next(iter(self._hot)))
+
+    def _forget(self, key: Key) -> None:
+        hot = self._hot.pop(key)
+        self._bytes -= len(hot.body)
+        hot.file.release()
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for key in list(self._hot):
+            self._forget(key)
+
+
+def _unchanged(file: OpenFile) -> bool:
+    """Whether nothing has happened to the inode: not to its contents, its rights, nor its names."""
+    facts = os.fstat(file.fd)
+    return facts.st_ctime_ns == file.ctime_ns and facts.st_size == file.size and facts.st_nlink > 0

@@ -1,0 +1,171 @@
+"""Answers kept for a moment are those that would be made anew, whatever happens to the file."""
+
+import os
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ktlsd.protocol.messages import Request, Response
+from ktlsd.server import hot as module
+from ktlsd.server.auth import hash_password
+from ktlsd.server.hot import HotResponses
+from ktlsd.server.later import Later
+from ktlsd.server.responder import Responder
+from ktlsd.server.sites import Sites
+from ktlsd.settings import Rule, Settings
+
+
+class World:
+    def __init__(self, folder, *rules):
+        self.folder = folder
+        self.sites = Sites(Settings(root=str(folder), rule=rules))
+        self.plain = Responder(self.sites)
+        self.hot = HotResponses(Responder(self.sites))
+
+    def ask(self, target=b"/file", method="GET", **fields):
+        headers = tuple((name.replace("_", "-").encode(), value.encode()) for name, value in fields.items())
+        request = Request(method, target, b"localhost", headers, "HTTP/1.1", 1)
+        return taken(self.hot.respond(request)), taken(self.plain.respond(request))
+
+    def close(self):
+        self.hot.close()
+        self.sites.close()
+
+
+def taken(response):
+    """Status, fields but Date, and body."""
+    assert isinstance(response, Response)
+    body = b"".join(
+        bytes(part) if isinstance(part, bytes) else os.pread(part.file.fd, part.length, part.offset) for part in response.body
+    )
+    response.close()
+    return response.status, [each for each in response.headers if each[0] != b"Date"], response.content_length, body
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SETTLED", 0.0)
+    (tmp_path / "file").write_bytes(b"first")
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+def warm(world, **fields):
+    for _ in range(3):
+        hot, plain = world.ask(**fields)
+        assert hot == plain
+    assert len(world.hot._hot) == 1, "it is kept"
+
+
+CHANGES = {
+    "written": lambda path: path.write_bytes(b"other"),
+    "longer": lambda path: path.write_bytes(b"longer than before"),
+    "replaced": lambda path: (path.with_name("new").write_bytes(b"fresh"), path.with_name("new").rename(path)),
+    "gone": lambda path: path.unlink(),
+    "time": lambda path: os.utime(path, (1, 1)),
+    "moved": lambda path: path.rename(path.with_name("elsewhere")),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_counts_with_the_next_request(world, change):
+    warm(world)
+    time.sleep(0.02)  # a tick of the file system's clock
+    CHANGES[change](world.folder / "file")
+    hot, plain = world.ask()
+    assert hot == plain
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["ask", "range", "match", "head", "other", *CHANGES]), max_size=25))
+def test_in_every_sequence_it_answers_as_if_it_kept_nothing(tmp_path_factory, steps):
+    folder = tmp_path_factory.mktemp("hot")
+    (folder / "file").write_bytes(b"first")
+    (folder / "other").write_bytes(b"other")
+    world = World(folder)
+    before, module._SETTLED = module._SETTLED, 0.0
+    try:
+        for step in steps:
+            path = folder / "file"
+            if step in CHANGES:
+                if path.exists():
+                    time.sleep(0.005)
+                    CHANGES[step](path)
+                else:
+                    path.write_bytes(b"again")
+                continue
+            fields = {"range": {"range": "bytes=1-2"}, "match": {"if_none_match": "*"}}.get(step, {})
+            target = b"/other" if step == "other" else b"/file"
+            hot, plain = world.ask(target, method="HEAD" if step == "head" else "GET", **fields)
+            assert hot == plain
+    finally:
+        module._SETTLED = before
+        world.close()
+
+
+def test_what_was_just_changed_is_not_kept(tmp_path):
+    (tmp_path / "file").write_bytes(b"first")
+    world = World(tmp_path)
+    for _ in range(3):
+        world.ask()
+    assert not world.hot._hot
+    world.close()
+
+
+def test_what_is_decided_elsewhere_counts_after_a_second(world, monkeypatch):
+    warm(world, accept_encoding="gzip")
+    monkeypatch.setattr(module, "_FOR", -1.0)
+    (world.folder / "file").write_bytes(b"second")
+    world.ask(accept_encoding="gzip")
+    assert not [each for each in world.hot._hot.values() if time.monotonic() < each.until]
+
+
+@pytest.mark.parametrize("lock", ["auth", "signed"])
+def test_what_not_everybody_may_have_is_never_kept(tmp_path, monkeypatch, lock):
+    monkeypatch.setattr(module, "_SETTLED", 0.0)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/file").write_bytes(b"secret")
+    (tmp_path / "users").write_text(f"anna:{hash_password('a')}\n")
+    (tmp_path / "key").write_text("0123456789abcdef" * 2)
+    rule = Rule(path="/**", auth=str(tmp_path / "users")) if lock == "auth" else Rule(path="/**", signed=str(tmp_path / "key"))
+    world = World(tmp_path / "root", rule)
+    for _ in range(3):
+        response = world.hot.respond(Request("GET", b"/file", b"x", ((b"authorization", b"Basic YW5uYTph"),), "HTTP/1.1", 1))
+        if isinstance(response, Later):
+            response.done(response.job())
+    assert not world.hot._hot
+    world.close()
+
+
+def test_it_holds_no_more_files_and_bytes_than_it_may(world, monkeypatch):
+    monkeypatch.setattr(module, "_ENTRIES", 4)
+    for number in range(10):
+        (world.folder / f"{number}").write_bytes(b"x" * 1_000)
+    for _ in range(2):
+        for number in range(10):
+            world.ask(b"/%d" % number)
+    assert len(world.hot._hot) == 4
+    monkeypatch.setattr(module, "_MEMORY", 2_000)
+    for _ in range(2):
+        world.ask(b"/1?fresh")
+    assert (len(world.hot._hot), world.hot._bytes) == (2, 2_000)
+    files = len(os.listdir("/proc/self/fd"))
+    world.hot.close()
+    assert len(os.listdir("/proc/self/fd")) == files - 2
+    for number in range(10_000):
+        world.ask(b"/1?%d" % number)
+        if number > 100:
+            break
+    assert len(world.hot._seen) <= 4_096
+
+
+def test_large_files_are_not_kept(world):
+    (world.folder / "large").write_bytes(bytes(module.HOT_MAX + 1))
+    for _ in range(3):
+        hot, plain = world.ask(b"/large")
+        assert hot == plain
+    assert not world.hot._hot
