@@ -24,14 +24,14 @@ _GRACE: Final = 0.05  # seconds for bytes that may still come when all that must
 _SLACK: Final = 128  # bytes; a date, a ticket or a header may be a little shorter the next time
 _SINK: Final = 4 << 20  # bytes; never written to, so they take no memory
 _RECEIVE: Final = 1 << 18
-_VERSIONS: Final = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
-_TLS12: Final = {
+VERSIONS: Final = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
+OPENSSL_CIPHERS: Final = {
     "": "ECDHE+AES256+AESGCM:ECDHE+AES128+AESGCM:ECDHE+CHACHA20",
     "AES-128-GCM": "ECDHE+AES128+AESGCM",
     "AES-256-GCM": "ECDHE+AES256+AESGCM",
     "CHACHA20-POLY1305": "ECDHE+CHACHA20",
 }
-CIPHERS: Final = tuple(_TLS12)[1:]
+CIPHERS: Final = tuple(OPENSSL_CIPHERS)[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +292,8 @@ def context(kind: Kind, version: str, cipher: str) -> ssl.SSLContext:
     """Return a client's context for exactly this version."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.check_hostname, made.verify_mode = False, ssl.CERT_NONE  # which server it is we know: we have started it
-    made.minimum_version = made.maximum_version = _VERSIONS[version]
-    made.set_ciphers(_TLS12[cipher])
+    made.minimum_version = made.maximum_version = VERSIONS[version]
+    made.set_ciphers(OPENSSL_CIPHERS[cipher])
     if kind != "raw":
         made.set_alpn_protocols([kind])
     return made

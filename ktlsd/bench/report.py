@@ -22,7 +22,7 @@ LEGEND_PROMISED: Final = (
     "equals, one comes out with a winner."
 )
 LEGEND_RANGE: Final = (
-    "With fewer than six rounds an interval is the range of all rounds, with no such promise, and a winner is called only if "
+    "With fewer than six rounds an interval is the range of all rounds without a promise, and a winner is called only if "
     "there are three at least and the interval is further from 1 than it is wide."
 )
 

@@ -15,7 +15,7 @@ from ktlsd.bench.charts import BarChart, Line, LineChart
 _WIDTH: Final = 760  # the page's width in CSS pixels; it scales
 _LABEL: Final = 7.8  # pixels of a character at 13 px in a wide font, on average
 _BAR: Final = 24  # pixels from bar to bar
-_VALUE: Final = 150  # pixels to the right of bars, for "1,234 (1,100 to 1,400)"
+_VALUE: Final = 190  # pixels to the right of bars, for "1,234 (1,100 to 1,400)"
 _TOP: Final = 8
 _FOOT: Final = 24
 _HEIGHT: Final = 400  # of a line chart
