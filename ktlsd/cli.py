@@ -24,6 +24,7 @@ from ktlsd.net.listeners import address_text
 from ktlsd.protocol.semantics import parse_path
 from ktlsd.server import generation
 from ktlsd.server.auth import Signer, hash_password
+from ktlsd.server.rehearsal import rehearse
 from ktlsd.server.supervisor import Supervisor
 from ktlsd.settings import ALPN, Settings, parse_listen, read_file
 from ktlsd.validation import load_file, validate
@@ -80,7 +81,7 @@ def serve(config: str | None, *, check: bool, **flags: Any) -> None:
         return settings
 
     if check:
-        generation.check(load())
+        rehearse(load)
         return
     Supervisor(load, _announce).run()
 

@@ -70,7 +70,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linger_timeout: Seconds = 5.0  # how long the client may take to close after our close_notify
     drain_timeout: Seconds = 30.0  # how long running responses may take after SIGTERM
     retire_timeout: Seconds = 86_400.0  # and after a reload or an upgrade, when others have taken over
-    stall_timeout: Seconds = 30.0  # a worker that shows no sign of life for so long is replaced
+    stall_timeout: Annotated[float, msgspec.Meta(ge=3, le=86_400)] = (
+        30.0  # a worker that shows no sign of life for so long is replaced
+    )
 
 
 class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

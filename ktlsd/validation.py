@@ -45,6 +45,9 @@ def validate(settings: Settings) -> None:
             ipaddress.ip_network(network, strict=False)
         except ValueError as exc:
             raise SettingsError(f"proxy_protocol: {network!r} is not a network like 10.0.0.0/8 or fd00::/8") from exc
+    limits = settings.limits
+    if limits.min_rate is not None and (limits.bandwidth_per_connection or limits.min_rate * 2) < limits.min_rate * 2:
+        raise SettingsError("limits.bandwidth_per_connection: must be twice limits.min_rate, or clients would be cut for it")
     process = settings.process
     if process.group is not None and process.user is None:
         raise SettingsError("process.group: means nothing without process.user")

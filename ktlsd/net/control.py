@@ -53,8 +53,11 @@ class Control:
                 data, ancillary = b"", []
             if not data:
                 return [*messages, Message("")]
-            word, _, value = data.decode().partition(" ")
-            messages.append(Message(word, float(value), _descriptors(ancillary)))
+            try:
+                word, _, value = data.decode().partition(" ")
+                messages.append(Message(word, float(value), _descriptors(ancillary)))
+            except ValueError:  # a worker that somebody else has taken over: it is not listened to any more
+                return [*messages, Message("")]
 
     def close(self) -> None:
         """Hang up."""

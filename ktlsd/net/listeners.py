@@ -64,7 +64,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 def _bind_error(host: str, port: int, exc: OSError) -> StartError:
     hints = {
-        errno.EADDRINUSE: "another program listens there (`ss -ltnp` shows it): stop it or use another port",
+        errno.EADDRINUSE: "something listens there already (`ss -ltnp` shows it; ktlsd itself, if the address is only spelled "
+        "anew): stop it or use another port",
         errno.EACCES: _PRIVILEGED_HINT,
         errno.EPERM: _PRIVILEGED_HINT,
         errno.EADDRNOTAVAIL: "that address is not this machine's",
@@ -88,8 +89,14 @@ def inherited(environment: Mapping[str, str]) -> dict[str, list[socket.socket]]:
     found: dict[str, list[socket.socket]] = {}
     for number in range(count):
         sock = adopt(_FIRST_INHERITED + number)
-        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise StartError(f"socket {number} from systemd does not listen for streams: use ListenStream= and Accept=no")
+        if (
+            sock.family not in (socket.AF_INET, socket.AF_INET6)
+            or sock.type != socket.SOCK_STREAM
+            or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        ):
+            raise StartError(
+                f"socket {number} from systemd does not listen for TCP: use ListenStream= with a port, and Accept=no"
+            )
         name = names[number] if number < len(names) else ""
         found.setdefault(name if name in _NAMES else _NAMES[0], []).append(sock)
     return found

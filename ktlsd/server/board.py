@@ -5,6 +5,7 @@ read while the other is written. What a worker wrote outlives it: next to nothin
 """
 
 import hashlib
+import logging
 import mmap
 import os
 import struct
@@ -15,7 +16,8 @@ from typing import Final
 
 from ktlsd.errors import StartError
 
-_LAYOUT: Final = 2  # a number for the layout below: another program's board is not read
+_log = logging.getLogger("ktlsd")
+_LAYOUT: Final = 3  # a number for the layout below: another program's board is not read
 _HEAD: Final = struct.Struct("=QII16s")  # layout, places that were ever taken, serial, key for hashing clients
 _SERIAL_AT: Final = 12
 _HEAD_SIZE: Final = 4096
@@ -26,7 +28,7 @@ _WORD: Final = struct.Struct("=I")
 _COUNT: Final = struct.Struct("=H")
 _REPORT_MAX: Final = 32_764  # bytes
 _REPORTS_AT: Final = 64  # two, each with its length before it: one is read while the other is written
-_COUNTS: Final = 16_384  # in each of two rows; a client is counted once in each, and has the lesser of the two
+_COUNTS: Final = 65_536  # in each of two rows; a name is counted once in each, and has the lesser of the two
 _COUNTS_AT: Final = 69_632
 _PLACE_SIZE: Final = _COUNTS_AT + 2 * _COUNTS * _COUNT.size + 4096
 PLACES: Final = 512
@@ -135,7 +137,8 @@ class Place:
     @property
     def state(self) -> State:
         """What its worker does."""
-        return State(_WORD.unpack_from(self._memory, self._at + 4)[0])
+        number = _WORD.unpack_from(self._memory, self._at + 4)[0]
+        return State(number) if number <= State.LEAVING else State.LEAVING
 
     @state.setter
     def state(self, state: State) -> None:
@@ -195,8 +198,8 @@ class Place:
 class Tally:
     """Connections by client, over all workers, in fixed memory.
 
-    A client's name is hashed with a key nobody knows into two counts. Others may share one of them, hardly ever both, so the
-    lesser is right but for one in a hundred thousand cases with a thousand clients; and then it is too high.
+    A name is hashed with a key nobody knows into two counts, of which the lesser counts. Others may share them: then it is too
+    high. With 1,000 names that happens to one in some 4,000, by one or two; with 40,000 to one in five.
     """
 
     def __init__(self, board: Board, place: Place) -> None:
@@ -222,3 +225,13 @@ class Tally:
     def _columns(self, name: bytes) -> tuple[int, int]:
         digest = hashlib.blake2b(name, digest_size=8, key=self._board.key).digest()
         return int.from_bytes(digest[:4], "big") % _COUNTS, int.from_bytes(digest[4:], "big") % _COUNTS
+
+
+def board_of(fd: int | None) -> tuple[Board, bool]:
+    """Return the board of the program that was here before, if we can read it, else a new one; and which it is."""
+    if fd is not None:
+        try:
+            return Board(fd), True
+        except StartError as error:
+            _log.warning("upgrade: %s; what running workers have counted since is lost", error)
+    return Board(), False

@@ -1,7 +1,9 @@
 """ssl.SSLContext from Settings. Built before the workers are forked: session ticket keys must be the same in all of them."""
 
+import hashlib
 import logging
 import os
+import re
 import ssl
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from ktlsd.errors import SettingsError
 from ktlsd.settings import Settings, Tls
 
 _log = logging.getLogger("ktlsd")
+_CERTIFICATES = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_PRIVATE_KEY = re.compile(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.+?-----END \1-----", re.DOTALL)
 _MAX_PEM = 1 << 20  # bytes
 _MINIMUM = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -102,15 +106,22 @@ def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
         if not found:
             raise SettingsError(f"{name} {file}: there is no {name} in it (PEM, -----BEGIN …{wanted.decode().strip('-')}-----)")
 
+    _load(context, cert, key, Pair(cert, key))
+
+
+def _load(context: ssl.SSLContext, cert: str, key: str, shown: "Pair") -> None:
     def no_passphrase() -> str:
-        raise SettingsError(f"key {key}: is encrypted; store it without a passphrase (openssl pkey -in … -out …)")
+        raise SettingsError(f"key {shown.key}: is encrypted; store it without a passphrase (openssl pkey -in … -out …)")
 
     try:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as exc:
         if exc.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH"):
-            raise SettingsError(f"key {key}: does not belong to certificate {cert}") from exc
-        raise SettingsError(f"certificate {cert} and key {key}: no usable PEM pair ({exc.reason or 'PEM lib'})") from exc
+            raise SettingsError(f"key {shown.key}: does not belong to certificate {shown.cert}") from exc
+        why = exc.reason or "PEM lib"
+        raise SettingsError(f"certificate {shown.cert} and key {shown.key}: no usable PEM pair ({why})") from exc
+    except OSError as exc:  # moved away between two looks
+        raise SettingsError(f"certificate {shown.cert} and key {shown.key}: cannot be read: {exc.strerror}") from exc
 
 
 def load_pem(context: ssl.SSLContext, fd: int) -> None:
@@ -141,26 +152,46 @@ def pairs_of(settings: Settings) -> list[Pair]:
 
 
 def read_pair(pair: Pair) -> bytes:
-    """Return chain and key, as `load_pem` wants them. Raises SettingsError if they are no usable pair, half written perhaps."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _load_pair(context, *pair)
-    try:
-        with open(pair.cert, "rb") as cert, open(pair.key, "rb") as key:
-            return cert.read(_MAX_PEM) + b"\n" + key.read(_MAX_PEM)
-    except OSError as exc:
-        raise SettingsError(f"certificate {pair.cert}: cannot be read: {exc.strerror}") from exc
+    """Return chain and key, as `load_pem` wants them, whatever else is in the files. Raises SettingsError if there is none."""
+    parts = []
+    for name, file, wanted in (("certificate", pair.cert, _CERTIFICATES), ("key", pair.key, _PRIVATE_KEY)):
+        try:
+            with open(file, "rb") as source:
+                text = source.read(_MAX_PEM)
+        except OSError as exc:
+            raise SettingsError(f"{name} {file}: cannot be read: {exc.strerror}") from exc
+        found = [match[0] for match in wanted.finditer(text)]
+        if not found:
+            raise SettingsError(f"{name} {file}: there is no whole {name} in it")
+        parts += found if name == "certificate" else found[:1]
+    return b"\n".join(parts) + b"\n"
 
 
-def pem_file(pem: bytes) -> int:
+def pem_file(pair: Pair, pem: bytes) -> int:
     """Return a descriptor of a file in memory that holds chain and key; no disk ever sees it. Raises SettingsError."""
-    fd = os.memfd_create("ktlsd-certificate")
-    os.write(fd, pem)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(f"/proc/self/fd/{fd}")
-    except ssl.SSLError as exc:  # it has changed between two looks
+        fd = os.memfd_create("ktlsd-certificate")
+    except OSError as exc:
+        raise SettingsError(f"certificate {pair.cert}: no memory or descriptor to look at it: {exc.strerror}") from exc
+    try:
+        os.write(fd, pem)
+        _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), f"/proc/self/fd/{fd}", f"/proc/self/fd/{fd}", pair)
+    except BaseException:
         os.close(fd)
-        raise SettingsError(f"no usable PEM pair ({exc.reason or 'PEM lib'})") from exc
+        raise
     return fd
+
+
+def fingerprint(pair: Pair) -> bytes:
+    """Return what tells two contents of a pair apart; a file that isn't there is different from any that is."""
+    digest = hashlib.sha256()
+    for file in pair:
+        try:
+            with open(file, "rb") as source:
+                digest.update(source.read(_MAX_PEM))
+        except OSError as exc:
+            digest.update(os.strerror(exc.errno or 0).encode())
+    return digest.digest()
 
 
 def expiry_of(cert: str) -> float | None:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from ktlsd.errors import KtlsdError
 from ktlsd.net import control
 from ktlsd.net.control import Control
@@ -17,7 +15,7 @@ from ktlsd.net.poller import Poller
 from ktlsd.server.board import Board, Place
 from ktlsd.server.entrance import Membership
 from ktlsd.server.generation import Generation, work
-from ktlsd.server.metrics import Metrics, Report
+from ktlsd.server.metrics import Metrics, read_report
 from ktlsd.server.waker import NEVER
 
 _log = logging.getLogger("ktlsd")
@@ -35,6 +33,7 @@ class Hand:
     control: Control
     place: Place | None
     started: float  # monotonic seconds
+    log: str | None = None  # where it writes what was asked
     ready: bool = False
     leaving: bool = False
     kill_at: float = NEVER
@@ -65,12 +64,12 @@ class Crew:
         """Return whose control this is."""
         return next((hand for hand in self._hands.values() if hand.control is source), None)
 
-    def adopt(self, workers: Mapping[int, tuple[int, int]], now: float, *, same_board: bool) -> None:
+    def adopt(self, workers: Mapping[int, tuple[int, int]], logs: Mapping[int, str], now: float, *, same_board: bool) -> None:
         """Look after the workers of the program before: process number -> descriptor of its control, number of its place."""
         for pid, (fd, number) in workers.items():
             adopted = control.adopt(fd)
-            place = Place(self._board, number) if same_board else None
-            self._hands[pid] = Hand(pid, None, adopted, place, now, ready=True)
+            place = Place(self._board, number) if same_board and number >= 0 else None
+            self._hands[pid] = Hand(pid, None, adopted, place, now, logs.get(pid), ready=True)
             self._poller.add(adopted, level_triggered=True)
 
     def fork(self, generation: Generation, now: float, close: Callable[[], None]) -> None:
@@ -90,7 +89,7 @@ class Crew:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
             theirs.close()
-        self._hands[pid] = Hand(pid, generation, ours, place, now)
+        self._hands[pid] = Hand(pid, generation, ours, place, now, generation.settings.log.access)
         self._poller.add(ours, level_triggered=True)
 
     def _be_worker(self, generation: Generation, membership: Membership, ours: Control, close: Callable[[], None]) -> int:
@@ -125,6 +124,12 @@ class Crew:
             oldest.control.send("cut")
             oldest.kill_at = min(oldest.kill_at, now + _LAST_WORD)
 
+    def dismiss(self, hand: Hand, now: float) -> None:
+        """It is not wanted after all."""
+        hand.leaving, hand.kill_at = True, now + _LAST_WORD
+        hand.control.send("cut")
+        hand.control.send("drain")
+
     def stop(self, seconds: float, now: float, *, at_once: bool) -> None:
         """All finish what they have, for so many seconds at most; or end at once."""
         for hand in self._hands.values():
@@ -151,11 +156,20 @@ class Crew:
         return hand
 
     def _keep_counts(self, place: Place) -> None:
-        try:
-            report = msgspec.json.decode(place.report() or b"{}", type=Report)
-        except msgspec.DecodeError:
-            return  # it died while it wrote
+        report = read_report(place.report())
+        if report is None:
+            return
         self._metrics.counters.update(report.counters)
-        for number, count in enumerate(report.reads):
+        for number, count in enumerate(report.reads[: len(self._metrics.reads)]):
             self._metrics.reads[number] += count
         self._metrics.read_seconds += report.read_seconds
+
+
+def named(code: int) -> str:
+    """Return an exit status as people know it."""
+    if code < 0:
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"signal {-code}"
+    return f"status {code}"

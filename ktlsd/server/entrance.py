@@ -26,6 +26,7 @@ _PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
 _FRESH: Final = 3.0  # seconds after its last sign of life that a worker counts as stuck
 _UNEVEN: Final = 1.125  # times its share of all connections, and
 _UNEVEN_MIN: Final = 8  # some more, a worker may have before it leaves new ones to the others
+_LAST: Final = 4_096  # connections taken in the end: as many as may have waited
 _LOOK_AGAIN: Final = 0.1  # seconds until it looks whether they have caught up
 
 
@@ -36,6 +37,7 @@ class Door:
     listener: Listener
     context: ssl.SSLContext | None
     services: Services
+    direct: bool = False  # nobody comes here by a proxy that says who its client is
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +151,11 @@ class Entrance:
             if accepted is None:
                 return
             yield from self._accepted(*accepted, self._doors[source], now)
+        if self._full:
+            self._pause()  # now: the next connection would wake this worker, and nobody else
 
     def _accepted(self, sock: socket.socket, client: tuple[str, int], door: Door, now: float) -> Iterator[Newcomer]:
-        if self._member.proxies is None or client[0] not in self._member.proxies:
+        if door.direct or self._member.proxies is None or client[0] not in self._member.proxies:
             yield from self._admitted(sock, client, door)
             return
         arrival = Arrival(sock, client, self._kernel, now + self._limits.header_timeout)
@@ -177,6 +181,7 @@ class Entrance:
         del self._arrivals[arrival.fileno()]
         self._poller.forget(arrival.fileno())
         arrival.sock.close()
+        self.open()
 
     def _admitted(self, sock: socket.socket, client: tuple[str, int], door: Door) -> Iterator[Newcomer]:
         who = guest(client[0])
@@ -191,6 +196,7 @@ class Entrance:
             key = f"limits.connections_per_{limit}"
             _log.warning("%s port %d: has as many connections as %s allows; the next ones are only counted", *client, key)
         sock.close()
+        self.open()
 
     def _out_of_descriptors(self, now: float, why: str) -> None:
         """Descriptors or memory ran out: new clients wait in the backlog; asking on would only spin."""
@@ -210,9 +216,12 @@ class Entrance:
         self._member.place.connections = self._open
 
     def close(self, now: float, *, empty: bool) -> Iterator[Newcomer]:
-        """Close the doors for good; with `empty`, yield first who waits: nobody else may be there to let them in."""
+        """Close the doors for good; with `empty`, yield first who waits: nobody else may be there to let them in.
+
+        Otherwise others are there; who has come in and not yet said who it is may still do so.
+        """
         for listener in self._doors if empty else ():
-            while True:
+            for _ in range(_LAST):
                 try:
                     accepted = listener.try_accept()
                 except OSError:
@@ -224,6 +233,16 @@ class Entrance:
         for listener in self._doors:
             listener.close()
         self._doors.clear()
+        if empty:
+            self.send_away()
+        self.resume_at = NEVER
+
+    @property
+    def expecting(self) -> bool:
+        """Whether somebody has come in who has not yet said who it is."""
+        return bool(self._arrivals)
+
+    def send_away(self) -> None:
+        """Wait no longer for those who have not said who they are."""
         for arrival, _ in list(self._arrivals.values()):
             self._drop(arrival)
-        self.resume_at = NEVER

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Final
 
-import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -27,7 +26,7 @@ from ktlsd.protocol import semantics
 from ktlsd.protocol.messages import Refused, Request, Response
 from ktlsd.server.board import Board, State
 from ktlsd.server.later import Later
-from ktlsd.server.metrics import READ_BUCKETS, Report
+from ktlsd.server.metrics import READ_BUCKETS, Report, read_report
 
 _FRESH: Final = 5.0  # seconds
 # Counters: the name we count under -> (name, what it is, labels: the parts behind the colons).
@@ -130,11 +129,9 @@ class _Everything(Collector):
         for places in self._board.settled():
             reports = {}
             for place in places:
-                try:
-                    report = msgspec.json.decode(place.report() or b"{}", type=Report)
-                except msgspec.DecodeError:
-                    continue  # its worker died while it wrote, for the second time
-                reports[place.number] = place.pid, place.state, place.connections, report
+                report = read_report(place.report())
+                if report is not None:
+                    reports[place.number] = place.pid, place.state, place.connections, report
         yield from _counters([report for *_, report in reports.values()])
         yield from _reads([report for *_, report in reports.values()])
         yield from _gauges(list(reports.values()))

@@ -24,7 +24,16 @@ from ktlsd.net.tx_kernel import Framing
 from ktlsd.server import process, sandbox
 from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.admission import Trusted
-from ktlsd.server.contexts import Pair, build_context, build_contexts, load_pem, pairs_of, pem_file, read_pair
+from ktlsd.server.contexts import (
+    Pair,
+    build_context,
+    build_contexts,
+    fingerprint,
+    load_pem,
+    pairs_of,
+    pem_file,
+    read_pair,
+)
 from ktlsd.server.entrance import Door, Membership
 from ktlsd.server.exposition import MetricsPage
 from ktlsd.server.hot import HotResponses
@@ -38,6 +47,7 @@ from ktlsd.settings import Files, Http, Settings, parse_listen
 
 _log = logging.getLogger("ktlsd")
 _TICKET_KEYS_LAST: Final = 86_400.0  # seconds; a reload after that makes new ones
+_SPARE_DESCRIPTORS: Final = 64
 _HTTP_DEFAULT: Final = Http(listen=("systemd",))  # behind a socket from systemd for which there is no [[http]]
 
 
@@ -67,6 +77,7 @@ class Generation:
     kernel: Kernel
     policy: HandoverPolicy
     trust: str | None  # the development CA
+    fingerprints: dict[Pair, bytes]  # of the certificates, when they were read or before
     entries: list[Entry] = field(default_factory=list)
     names: set[str] = field(default_factory=set)  # of the sockets, for Sockets.commit
 
@@ -102,6 +113,8 @@ def prepare(settings: Settings, sockets: Sockets, number: int, before: Generatio
         tls = msgspec.structs.replace(settings.tls, cert=str(made.cert), key=str(made.key))
         settings = msgspec.structs.replace(settings, tls=tls)
     check_user(settings)
+    _raise_limits(settings)
+    fingerprints = {pair: fingerprint(pair) for pair in pairs_of(settings)}
     contexts = _contexts(settings, before)
     sites = Sites(settings)
     challenges: dict[str, Sites] = {}
@@ -117,7 +130,19 @@ def prepare(settings: Settings, sockets: Sockets, number: int, before: Generatio
         workers = process.processors() if settings.workers == "auto" else settings.workers
         since = before.made if before is not None and contexts is before.contexts else time.monotonic()
         made_generation = Generation(
-            number, settings, workers, contexts, since, pairs_of(settings), sites, challenges, access_log, kernel, policy, trust
+            number,
+            settings,
+            workers,
+            contexts,
+            since,
+            pairs_of(settings),
+            sites,
+            challenges,
+            access_log,
+            kernel,
+            policy,
+            trust,
+            fingerprints,
         )
         _open_doors(made_generation, sockets)
     except BaseException:
@@ -136,12 +161,26 @@ def _contexts(settings: Settings, before: Generation | None) -> list[ssl.SSLCont
         return build_contexts(settings)
     if _shape(settings) != _shape(before.settings):
         return build_contexts(settings)
-    pems = [read_pair(pair) for pair in pairs_of(settings)]  # all of them first: a bad one changes nothing
-    for context, pem in zip(before.contexts, pems, strict=True):
-        fd = pem_file(pem)
-        load_pem(context, fd)
-        os.close(fd)
+    fds: list[int] = []
+    try:
+        for pair in pairs_of(settings):  # all of them first: a bad one changes nothing
+            fds += [pem_file(pair, read_pair(pair))]
+        for context, fd in zip(before.contexts, fds, strict=True):
+            load_pem(context, fd)
+    finally:
+        for fd in fds:
+            os.close(fd)
     return before.contexts
+
+
+def _raise_limits(settings: Settings) -> None:
+    """Have as many descriptors as the settings may need, a socket and a file for each connection, if that can be had."""
+    process.raise_descriptor_limit(descriptors_wanted(settings))
+
+
+def descriptors_wanted(settings: Settings) -> int:
+    """Return how many descriptors a worker may need."""
+    return 2 * settings.limits.connections + _SPARE_DESCRIPTORS
 
 
 def _shape(settings: Settings) -> object:
@@ -212,7 +251,7 @@ def work(generation: Generation, membership: Membership) -> None:
         HotResponses(Responder(generation.sites, hsts=_hsts(settings))), generation.access_log, Metrics(), settings.limits
     )
     doors = [
-        Door(listener, generation.contexts[0] if entry.kind == "https" else None, own)
+        Door(listener, generation.contexts[0] if entry.kind == "https" else None, own, direct=entry.kind == "metrics")
         for entry in generation.entries
         for own in [_services_behind(entry, generation, membership, services)]
         for listener in entry.listeners
@@ -226,7 +265,9 @@ def work(generation: Generation, membership: Membership) -> None:
     worker = Worker(doors, generation.kernel, generation.policy, services, keylog=keylog, membership=membership)
     generation.kernel.preload()
     if settings.process.sandbox:
-        sandbox.confine(_readable(generation))
+        found = sandbox.confine(_readable(generation))
+        if found.why_not and generation.number == 1:
+            _log.info("no sandbox: %s", found.why_not)
     worker.run()
 
 
@@ -238,7 +279,8 @@ def _readable(generation: Generation) -> list[str]:
     roots = [site.root for sites in (generation.sites, *generation.challenges.values()) for site in sites.all]
     rules = [rule for site in generation.settings.sites for rule in site.rule]
     # Who changes a password file may put a new one into its place: the folder, then.
-    folders = {folder_of(rule.auth) for rule in rules if rule.auth}
+    files = [place for rule in rules if rule.auth for place in (rule.auth, os.path.realpath(rule.auth))]
+    folders = {folder_of(file) for file in files}
     return [*(f"/proc/self/fd/{root.fd}" for root in roots), *sorted(folders)]
 
 

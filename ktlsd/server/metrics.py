@@ -35,6 +35,14 @@ class Report(msgspec.Struct):
     started: float = 0.0  # when the program was, seconds since the epoch; only the supervisor's
 
 
+def read_report(text: bytes) -> Report | None:
+    """Return a report that was put up; None if it can't be understood: its place was just wiped, or its worker is not ours."""
+    try:
+        return msgspec.json.decode(text or b"{}", type=Report)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 class Metrics:
     """What has happened so far. `count` takes a name and, where it helps, a reason behind a colon."""
 

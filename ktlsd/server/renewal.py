@@ -1,15 +1,13 @@
 """Certificates that are renewed while we serve: noticed, looked at, and handed to the workers; a bad pair changes nothing."""
 
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from typing import Final
 
 from ktlsd.errors import SettingsError
 from ktlsd.files.watch import Watch
-from ktlsd.server.contexts import Pair, expiry_of, load_pem, pem_file, read_pair
+from ktlsd.server.contexts import Pair, expiry_of, fingerprint, load_pem, pem_file, read_pair
 from ktlsd.server.generation import Generation
 
 _log = logging.getLogger("ktlsd")
@@ -32,12 +30,12 @@ class Renewal:
     def look_after(self, generation: Generation) -> None:
         """Notice from now on when this generation's certificates change."""
         self._pairs = generation.pairs
-        self._seen = {pair: _fingerprint(pair) for pair in self._pairs}
+        self._seen = generation.fingerprints
         self._ends = {}
         for pair in self._pairs:
             self._note_end(pair)
         self.watch.look_after([file for pair in self._pairs for file in pair])
-        self.look_at = time.monotonic() + _ANYWAY
+        self.look_at = time.monotonic()  # they may have changed since this generation has read them
 
     def noticed(self, now: float) -> None:
         """Something has happened in a folder with a certificate."""
@@ -51,15 +49,15 @@ class Renewal:
         The generation's own contexts have them already, for workers still to be forked. The descriptor is the caller's.
         """
         self.look_at, self._noticed = now + _ANYWAY, 0.0
-        changed = {pair for pair in self._pairs if _fingerprint(pair) != self._seen.get(pair)}
-        self._seen |= {pair: _fingerprint(pair) for pair in changed}
+        changed = {pair for pair in self._pairs if fingerprint(pair) != self._seen.get(pair)}
+        self._seen = self._seen | {pair: fingerprint(pair) for pair in changed}
         self.watch.look_after([file for pair in self._pairs for file in pair])  # links may lead elsewhere now
         if generation is None:
             return
         for pair in sorted(changed):
             try:
                 pem = read_pair(pair)
-                fds = [(index, pem_file(pem)) for index, each in enumerate(self._pairs) if each == pair]
+                fds = [(index, pem_file(pair, pem)) for index, each in enumerate(self._pairs) if each == pair]
             except SettingsError as error:
                 _log.warning("%s. The old pair stays", error)
                 continue
@@ -81,15 +79,3 @@ class Renewal:
     def close(self) -> None:
         """Let go."""
         self.watch.close()
-
-
-def _fingerprint(pair: Pair) -> bytes:
-    """Return what tells two contents of a pair apart; a file that isn't there is different from any that is."""
-    digest = hashlib.sha256()
-    for file in pair:
-        try:
-            with open(file, "rb") as source:
-                digest.update(source.read(1 << 20))
-        except OSError as exc:
-            digest.update(os.strerror(exc.errno or 0).encode())
-    return digest.digest()

@@ -52,9 +52,13 @@ class Site:
         self.siblings = Siblings(self.root) if files.precompressed else None
         self.index = tuple(name.encode() for name in files.index)
         self._base = Policy(listing=files.listing, cache_control=_encoded(files.cache_control))
-        for number, rule in enumerate(settings.rule):
-            self._refuse_half_a_lock(number, rule)
-        self._rules = [(Glob(rule.path), _changes(rule), _rule_headers(rule)) for rule in settings.rule]
+        try:
+            for number, rule in enumerate(settings.rule):
+                self._refuse_half_a_lock(number, rule)
+            self._rules = [(Glob(rule.path), _changes(rule), _rule_headers(rule)) for rule in settings.rule]
+        except BaseException:
+            self.root.close()
+            raise
 
     def _refuse_half_a_lock(self, number: int, rule: Rule) -> None:
         """A lock on a folder's bare name would leave open what is in it. Raises SettingsError."""
@@ -118,6 +122,14 @@ class Sites:
         self.all: list[Site] = []
         self._exact: dict[bytes, Site] = {}
         self._wild: dict[bytes, Site] = {}
+        try:
+            self._open(settings, templates)
+        except BaseException:
+            self.close()
+            raise
+        self._default = next((self.all[n] for n, s in enumerate(settings.sites) if "*" in s.names), self.all[0])
+
+    def _open(self, settings: Settings, templates: dict[str | None, Template]) -> None:
         for described in settings.sites:
             files = described.files or settings.files
             if files.listing_template not in templates:
@@ -130,7 +142,6 @@ class Sites:
                     self._wild[encoded[1:]] = site
                 elif encoded != b"*":
                     self._exact[encoded] = site
-        self._default = next((self.all[n] for n, s in enumerate(settings.sites) if "*" in s.names), self.all[0])
 
     def choose(self, host: bytes) -> Site:
         """Return the site for a Host value: the name itself, then the nearest wildcard, then the default."""

@@ -59,6 +59,12 @@ class Sockets:
                     os.set_inheritable(fd, True)
         return state
 
+    def keep(self) -> None:
+        """End the sockets with an exec again."""
+        for group in (*self._bound.values(), *self._activated.values()):
+            for sock in group:
+                sock.set_inheritable(False)
+
     @classmethod
     def take_over(cls, state: Mapping[str, Mapping[str, list[int]]]) -> "Sockets":
         """Return what an earlier program has handed over."""

@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import msgspec
@@ -18,8 +19,8 @@ from ktlsd.net import control, listeners
 from ktlsd.net.notify import Notifier
 from ktlsd.net.poller import Event, Poller
 from ktlsd.server import process, told
-from ktlsd.server.board import Board, Place, State
-from ktlsd.server.crew import Crew, Hand
+from ktlsd.server.board import Place, State, board_of
+from ktlsd.server.crew import Crew, Hand, named
 from ktlsd.server.generation import Generation, prepare
 from ktlsd.server.metrics import Metrics, Report
 from ktlsd.server.renewal import Renewal
@@ -54,10 +55,11 @@ class Supervisor:
         self._tick_at = 0.0
         self._ticked = 0.0
         self._stopping = False
+        self._served = False  # a worker has been ready
         self._upgrade = Upgrade()
         self._renewal = Renewal()
         state = take_state(os.environ)
-        self._board, same_board = _board(state)
+        self._board, same_board = board_of(None if state is None else state.board)
         self._place = Place(self._board, state.place) if state and same_board else self._board.take(os.getpid())
         self._place.state = State.LEAVING  # it takes no connections
         self._crew = Crew(self._poller, self._board, self._metrics, _SIGNALS)
@@ -68,7 +70,7 @@ class Supervisor:
             self._sockets = Sockets.take_over(state.sockets)
             self._metrics.counters.update(state.counters)
             self._metrics.reads, self._metrics.read_seconds = state.reads, state.read_seconds
-            self._crew.adopt(state.workers, time.monotonic(), same_board=same_board)
+            self._crew.adopt(state.workers, state.logs, time.monotonic(), same_board=same_board)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -76,6 +78,7 @@ class Supervisor:
         """Serve until told to stop. Raises SettingsError, StartError before the first worker is ready."""
         process.forbid_core_dumps()
         self._generation = prepare(self._load(), self._sockets, 1)
+        self._sockets.commit(self._generation.names)
         self._waker.hook(_SIGNALS)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # an upgrade has blocked them
         self._poller.add(self._waker, level_triggered=True)
@@ -84,6 +87,7 @@ class Supervisor:
         for line in told.lines(self._generation):
             self._announce(line)
         self._renewal.look_after(self._generation)
+        self._reap(time.monotonic())  # workers of an earlier program may have ended meanwhile
         while len(self._crew) or not self._stopping:
             now = time.monotonic()
             self._act(now)
@@ -96,8 +100,9 @@ class Supervisor:
 
     def _event(self, event: Event, now: float) -> None:
         if event.source is self._waker:
-            for number in self._waker.drain():
-                self._signal(number, now)
+            came = deque(self._waker.drain())
+            while came:
+                self._signal(came.popleft(), now, came)
         elif event.source is self._renewal.watch:
             self._renewal.noticed(now)
         else:
@@ -122,7 +127,7 @@ class Supervisor:
         while self._missing and now >= self._fork_at:
             self._start(now)
 
-    def _signal(self, number: int, now: float) -> None:
+    def _signal(self, number: int, now: float, behind: Iterable[int]) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
             self._stop(now)
         elif number == signal.SIGHUP:
@@ -132,7 +137,7 @@ class Supervisor:
         elif number == signal.SIGUSR2:
             self._begin_upgrade()
         elif number == signal.SIGCHLD:
-            self._reap(now)
+            self._reap(now, behind)
 
     # --- workers ---------------------------------------------------------------------------------------------------
 
@@ -160,6 +165,9 @@ class Supervisor:
     def _let_go(self) -> None:
         """In a new worker: close what is only the supervisor's, and sockets of other generations: they must be able to end."""
         self._sockets.commit(self._wanted.names)
+        for generation in (self._generation, self._next):
+            if generation is not None and generation is not self._wanted:
+                generation.close()
         for each in (self._poller, self._waker, self._notifier, self._renewal):
             each.close()
 
@@ -176,6 +184,7 @@ class Supervisor:
         """Go over to the next generation when all its workers are there."""
         if sum(hand.ready for hand in self._crew.of(self._wanted)) < self._wanted.workers or self._stopping:
             return
+        self._served = True
         if self._next is not None:
             old, self._generation, self._next = self._generation, self._next, None
             self._sockets.commit(self._generation.names)
@@ -199,7 +208,8 @@ class Supervisor:
         encrypts = f"in userspace ({generation.policy.off})" if generation.policy.off else "in the kernel"
         self._notifier.tell("READY=1", f"STATUS=Generation {generation.number}: {generation.workers} workers, TLS {encrypts}")
 
-    def _reap(self, now: float) -> None:
+    def _reap(self, now: float, behind: Iterable[int] = ()) -> None:
+        """See which processes have ended; `behind` are signals that came and have not been looked at."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -209,7 +219,7 @@ class Supervisor:
                 return
             code = os.waitstatus_to_exitcode(status)
             if pid == self._upgrade.pid:
-                self._finish_upgrade(code)
+                self._finish_upgrade(code, behind)
             else:
                 with self._board.moving():
                     if hand := self._crew.bury(pid):
@@ -222,20 +232,20 @@ class Supervisor:
         """A worker has ended: decide what that means."""
         if hand.leaving or self._stopping or hand.generation is None:  # None: an earlier program's, not yet told to leave
             if code:
-                _log.warning("worker %d, which was leaving, ended with %s", hand.pid, _named(code))
+                _log.warning("worker %d, which was leaving, ended with %s", hand.pid, named(code))
             return
-        self._metrics.count(f"worker_deaths:{_named(code)}")
+        self._metrics.count(f"worker_deaths:{named(code)}")
         if self._next is not None and hand.generation is self._next:
-            self._abandon_reload(f"a new worker ended with {_named(code)} before it could serve")
+            self._abandon_reload(f"a new worker ended with {named(code)} before it could serve")
             return
-        if not hand.ready and not any(each.ready for each in self._crew):
+        if not hand.ready and not self._served:
             self._stopping = True
-            raise StartError(f"a worker ended with {_named(code)} before it could serve; see above")
+            raise StartError(f"a worker ended with {named(code)} before it could serve; see above")
         self._crashes = self._crashes + 1 if now - hand.started < _QUICK else 1
         pause = _BACK_OFF[min(self._crashes, len(_BACK_OFF) - 1)]
         self._fork_at = max(self._fork_at, now + pause)
         again = f"in {pause:g} seconds" if pause else "at once"
-        _log.error("worker %d ended with %s; a new one is started %s", hand.pid, _named(code), again)
+        _log.error("worker %d ended with %s; a new one is started %s", hand.pid, named(code), again)
 
     # --- the clock -------------------------------------------------------------------------------------------------
 
@@ -290,6 +300,10 @@ class Supervisor:
         except KtlsdError as error:
             self._refused_reload(str(error))
             return
+        except Exception as error:  # our bug, or something nobody thought of: who is served goes on being served
+            _log.exception("reload: a bug")
+            self._refused_reload(f"{type(error).__name__}: {error}")
+            return
         self._crashes, self._fork_at = 0, now
 
     def _refused_reload(self, why: str) -> None:
@@ -300,26 +314,32 @@ class Supervisor:
     def _abandon_reload(self, why: str) -> None:
         assert self._next is not None
         for hand in self._crew.of(self._next):
-            hand.leaving, hand.kill_at = True, 0.0
+            self._crew.dismiss(hand, time.monotonic())
         self._sockets.rollback()
         self._next.close()
         self._next = None
         self._refused_reload(why)
+        if self._reload_again:
+            self._reload_again = False
+            self._reload(time.monotonic())
 
     def _hand_on_log(self, old: Generation, new: Generation) -> None:
         """If the log is the same one, it may have been moved away: workers that leave go on where the new ones write."""
         if new.access_log.fd >= 0 and old.settings.log == new.settings.log:
-            for hand in self._crew.of(old):
-                hand.control.send("log", 0, (new.access_log.fd,))
+            self._send_log(new)
 
     def _reopen_log(self) -> None:
         """The access log has been moved away: go on in a new file of its name."""
         for generation in {id(g): g for g in (self._generation, self._next) if g is not None}.values():
-            generation.access_log.reopen()
-            for hand in self._crew if generation.access_log.fd >= 0 else ():
-                if hand.generation is generation:
-                    hand.control.send("log", 0, (generation.access_log.fd,))
-        _log.info("access log opened anew")
+            if generation.access_log.fd >= 0:
+                generation.access_log.reopen()
+                self._send_log(generation)
+
+    def _send_log(self, generation: Generation) -> None:
+        """Have all workers that write to a log of this name, those that are leaving too, write where this generation does."""
+        for hand in self._crew:
+            if hand.log == generation.settings.log.access:
+                hand.control.send("log", 0, (generation.access_log.fd,))
 
     def _stop(self, now: float) -> None:
         """Finish what is running; told again, end at once."""
@@ -332,43 +352,36 @@ class Supervisor:
 
     def _begin_upgrade(self) -> None:
         """See in a process of its own whether the new program would start; SIGCHLD tells."""
-        if self._next is None and not self._stopping and self._upgrade.begin():
+        if self._next is not None or self._stopping:
+            _log.warning("upgrade: a reload is on its way; try again when it is done")
+            return
+        begun = self._upgrade.begin(self._state())
+        self._sockets.keep()
+        if begun:
             _log.info("upgrade: trying the new program")
 
-    def _finish_upgrade(self, code: int) -> None:
+    def _finish_upgrade(self, code: int, behind: Iterable[int]) -> None:
         self._upgrade.pid = None
         if code or self._next is not None or self._stopping:
-            _log.error("upgrade: the new program would not start (%s; see above). The old one goes on", _named(code))
+            why = f"would not start ({named(code)}; see above)" if code else "has to wait: a reload is on its way"
+            _log.error("upgrade: the new program %s. The old one goes on", why)
             self._metrics.count("upgrades_refused")
             return
         self._metrics.count("upgrades")
         _log.info("upgrade: the new program takes over")
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        workers = {hand.pid: (hand.control.fileno(), hand.place.number if hand.place else 0) for hand in self._crew}
-        metrics = self._metrics
-        state = Handed(
-            LAYOUT, self._sockets.hand_over(), workers, self._board.fd, self._place.number, self._started,
-            dict(metrics.counters), metrics.reads, metrics.read_seconds,
-        )  # fmt: skip
-        self._upgrade.execute(state)
+        for number in (*behind, *self._waker.drain()):  # they stay pending, and reach the new program
+            os.kill(os.getpid(), number)
+        self._upgrade.execute(self._state())
+        self._sockets.keep()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
-
-def _board(state: Handed | None) -> tuple[Board, bool]:
-    """Return the board of the program that was here before, if we can read it, else a new one; and which it is."""
-    if state is not None:
-        try:
-            return Board(state.board), True
-        except StartError as error:
-            _log.warning("upgrade: %s; what running workers have counted since is lost", error)
-    return Board(), False
-
-
-def _named(code: int) -> str:
-    """Return an exit status as people know it."""
-    if code < 0:
-        try:
-            return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
-    return f"status {code}"
+    def _state(self) -> Handed:
+        """Return what the next program has to know; sockets outlive an exec from now on."""
+        metrics = self._metrics
+        workers = {hand.pid: (hand.control.fileno(), hand.place.number if hand.place else -1) for hand in self._crew}
+        logs = {hand.pid: hand.log for hand in self._crew if hand.log is not None}
+        return Handed(
+            LAYOUT, self._sockets.hand_over(), workers, logs, self._board.fd, self._place.number, self._started,
+            dict(metrics.counters), metrics.reads, metrics.read_seconds,
+        )  # fmt: skip

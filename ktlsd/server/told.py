@@ -9,13 +9,12 @@ from ktlsd import __version__
 from ktlsd.net import handover, listeners
 from ktlsd.net.channel import HandoverPolicy
 from ktlsd.net.listeners import Listener
-from ktlsd.server import process, sandbox
+from ktlsd.server import sandbox
 from ktlsd.server.contexts import expiry_of
-from ktlsd.server.generation import Generation
+from ktlsd.server.generation import Generation, descriptors_wanted
 from ktlsd.server.sites import Sites
 from ktlsd.settings import Settings
 
-_SPARE_DESCRIPTORS: Final = 64
 _DAY: Final = 86_400
 
 
@@ -105,10 +104,10 @@ def _gate(sites: Sites) -> list[str]:
 
 
 def _limits(settings: Settings) -> list[str]:
-    """Raise the limit of descriptors; say so if it stays below what the settings may need (a socket and a file each)."""
-    wanted = 2 * settings.limits.connections + _SPARE_DESCRIPTORS
-    have = process.raise_descriptor_limit(wanted)
+    """Say so if there are fewer descriptors than the settings may need (a socket and a file each)."""
+    wanted = descriptors_wanted(settings)
+    have = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if have == resource.RLIM_INFINITY or have >= wanted:
         return []
-    enough = (have - _SPARE_DESCRIPTORS) // 2
+    enough = settings.limits.connections - (wanted - have) // 2
     return [f"  limits       {have} descriptors are enough for about {enough} downloads at a time (ulimit -n, LimitNOFILE)"]

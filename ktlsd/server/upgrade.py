@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final
 
+from ktlsd.errors import StartError
+
 _log = logging.getLogger("ktlsd")
 _VARIABLE: Final = "KTLSD_STATE"
 LAYOUT: Final = 1  # a number for what is below
@@ -25,6 +27,7 @@ class State:
     layout: int
     sockets: dict[str, dict[str, list[int]]]
     workers: dict[int, tuple[int, int]]  # process number -> descriptor of its control, number of its place on the board
+    logs: dict[int, str]  # process number -> the access log it writes to
     board: int
     place: int  # the supervisor's own
     started: float  # seconds since the epoch
@@ -34,7 +37,7 @@ class State:
 
 
 def take_state(environment: Mapping[str, str]) -> State | None:
-    """Return what the program before us in this process has left, None if there was none."""
+    """Return what the program before us in this process has left, None if there was none. Raises StartError."""
     number = os.environ.pop(_VARIABLE, "") if environment is os.environ else environment.get(_VARIABLE, "")
     if not number.isdecimal():
         return None
@@ -42,12 +45,18 @@ def take_state(environment: Mapping[str, str]) -> State | None:
         file.seek(0)
         state = json.loads(file.read(_MAX))
     if state.pop("layout") != LAYOUT:
-        _log.warning("upgrade: the program before this one left something unknown; its workers end by themselves")
-        return None
+        raise StartError("the running program is of another kind than this one can take over from: restart it")
     workers = {int(pid): (fd, place) for pid, (fd, place) in state.pop("workers").items()}
-    for fd in (state["board"], *(fd for fd, _ in workers.values())):
-        os.set_inheritable(fd, False)
-    return State(LAYOUT, workers=workers, **state)
+    logs = {int(pid): log for pid, log in state.pop("logs").items()}
+    made = State(LAYOUT, workers=workers, logs=logs, **state)
+    _inherit(made, False)
+    return made
+
+
+def _inherit(state: State, yes: bool) -> None:
+    """Have descriptors outlive an exec, or not."""
+    for fd in (state.board, *(fd for fd, _ in state.workers.values())):
+        os.set_inheritable(fd, yes)
 
 
 class Upgrade:
@@ -56,28 +65,43 @@ class Upgrade:
     def __init__(self) -> None:
         self.pid: int | None = None  # of the process in which the new program is tried
 
-    def begin(self) -> bool:
-        """Try whether the new program would start; whether that could be begun. Its end is the caller's to wait for."""
+    def begin(self, state: State) -> bool:
+        """Try whether the new program would start from here. False: not begun. Its end is the caller's to see."""
         if self.pid is not None:
             return False
         try:
-            self.pid = os.posix_spawn(sys.executable, [*_command(), "--check"], _environment())
+            fd = _file(state)
+            try:
+                arguments = [*_command(), "--check"]
+                self.pid = os.posix_spawn(sys.executable, arguments, {**_environment(), _VARIABLE: str(fd)})
+            finally:
+                os.close(fd)
         except OSError as exc:
             _log.error("upgrade: cannot start %s: %s", sys.executable, exc.strerror)
             return False
+        finally:
+            _inherit(state, False)
         return True
 
     def execute(self, state: State) -> None:
-        """Become the new program. Returns only if that fails: everything is as it was then."""
-        for fd in (state.board, *(fd for fd, _ in state.workers.values())):
-            os.set_inheritable(fd, True)
-        fd = os.memfd_create("ktlsd-state", 0)
-        os.write(fd, json.dumps(asdict(state)).encode())
+        """Become the new program. Returns only if that fails; the sockets outlive an exec then (`Sockets.keep`)."""
         try:
-            os.execve(sys.executable, _command(), {**_environment(), _VARIABLE: str(fd)})  # noqa: S606  # no shell is wanted
+            fd = _file(state)
+            try:
+                os.execve(sys.executable, _command(), {**_environment(), _VARIABLE: str(fd)})  # noqa: S606  # no shell
+            finally:
+                os.close(fd)
         except OSError as exc:
-            os.close(fd)
             _log.error("upgrade: cannot become %s: %s", sys.executable, exc.strerror)
+        finally:
+            _inherit(state, False)
+
+
+def _file(state: State) -> int:
+    _inherit(state, True)
+    fd = os.memfd_create("ktlsd-state", 0)
+    os.write(fd, json.dumps(asdict(state)).encode())
+    return fd
 
 
 def _command() -> list[str]:

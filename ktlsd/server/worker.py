@@ -25,7 +25,7 @@ from ktlsd.server.contexts import load_pem
 from ktlsd.server.entrance import Door, Entrance, Membership, Newcomer
 from ktlsd.server.jobs import Jobs
 from ktlsd.server.later import Later
-from ktlsd.server.metrics import MemoryGauge, Report
+from ktlsd.server.metrics import MemoryGauge, Report, read_report
 from ktlsd.server.services import Services
 from ktlsd.server.shares import Shares
 from ktlsd.server.turns import Turns
@@ -33,6 +33,7 @@ from ktlsd.server.waker import NEVER, Waker
 from ktlsd.tls.session import Session
 
 _log = logging.getLogger("ktlsd")
+_NOT_BLAMED: Final = 2  # times limits.min_rate: nobody is held back so far that it would be cut for it
 BEAT: Final = 1.0  # seconds between signs of life
 
 
@@ -65,6 +66,7 @@ class Worker:
         self._handshakes: dict[int, Connection] = {}  # those that are not through, the oldest first
         self._draining = False
         self._drain_until = NEVER
+        self._entrance.send_away()
         self._beat_at = 0.0
         self._memory = MemoryGauge()
         self.waker = Waker()
@@ -79,7 +81,7 @@ class Worker:
         self._beat(now)
         self._entrance.open()
         self._member.control.send("ready")
-        while not self._draining or self._connections:
+        while not self._draining or self._connections or self._entrance.expecting:
             until = now if self._turns else min(self._beat_at, self._entrance.resume_at, self._drain_until)
             ready = self._poller.wait(now, min(until, self._scratch.mappings.sweep(now) or NEVER))
             now = time.monotonic()
@@ -127,7 +129,7 @@ class Worker:
         report.memory, report.answering = self._memory.read(), self._metrics.answering
         if self._shares is not None and self._shares.due(now):
             report.rates = self._shares.rates(now)
-            others = [msgspec.json.decode(p.report() or b"{}", type=Report).rates for p in self._others()]
+            others = [other.rates for p in self._others() if (other := read_report(p.report())) is not None]
             self._pace(self._shares.reckon([report.rates, *others]))
         if not place.publish(msgspec.json.encode(report)):
             report.rates = {}
@@ -142,6 +144,8 @@ class Worker:
         own = self._limits.bandwidth_per_connection
         for connection in self._connections.values():
             rate = rates.get(connection.guest.client.hex()) if rates is not None else None
+            if rate is not None:
+                rate = max(rate, _NOT_BLAMED * (self._limits.min_rate or 0))
             connection.pace(min(rate, own) if rate is not None and own is not None else rate or own)
 
     # --- new connections -------------------------------------------------------------------------------------------
@@ -150,12 +154,13 @@ class Worker:
         try:
             connection = self._made(new, now)
             self._poller.add(connection)
-        except (OSError, ssl.SSLError, MemoryError):  # epoll's or OpenSSL's limit: this client only
-            _log.exception("cannot take on a connection")
+        except (OSError, ssl.SSLError, MemoryError) as exc:  # epoll's or OpenSSL's limit: this client only
+            _log.warning("cannot take on a connection: %s", exc)
             self._entrance.left(new.guest)
             new.sock.close()
             return
         fd = connection.fileno()
+        connection.draining = self._draining
         self._connections[fd] = connection
         self._handshakes[fd] = connection
         new.door.services.metrics.count("connections")

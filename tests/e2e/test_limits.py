@@ -264,3 +264,23 @@ def test_descriptors_that_run_out_pause_accepting_and_nobody_spins(root, monkeyp
         assert after.get("/small").body == b"small"
         for each in (before, waiting, after):
             each.close()
+
+
+def test_proxied_connections_that_never_say_who_they_are_make_room_again(root):
+    with serving(root, proxies=("127.0.0.0/8",), connections=3, header_timeout=0.4) as server:
+        silent = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(4)]
+        wait_until(lambda: counted(server, "accept_paused:connections") >= 1)
+        assert ask(proxied(server.port, "192.0.2.1")).endswith(b"small")
+        for each in silent:
+            each.close()
+
+
+def test_nobody_is_cut_for_what_we_hold_back(root, tmp_path):
+    from ktlsd.errors import SettingsError
+    from ktlsd.settings import Settings
+    from ktlsd.validation import validate
+
+    with pytest.raises(SettingsError, match="bandwidth_per_connection: must be twice"):
+        validate(Settings(root=str(root), limits=Limits(min_rate=1_000, bandwidth_per_connection=1_500)))
+    validate(Settings(root=str(root), limits=Limits(min_rate=1_000, bandwidth_per_connection=2_000)))
+    validate(Settings(root=str(root), limits=Limits(min_rate=None, bandwidth_per_connection=1)))

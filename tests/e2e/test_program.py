@@ -139,7 +139,7 @@ def test_without_a_certificate_one_is_made_once(folder):
         (["root", "--listen", "nonsense"], 2, "'nonsense' is not HOST:PORT"),
         (["root", "--listen", "no.such.host.invalid:1"], 1, "no such host"),
         (["root", "--listen", "192.0.2.1:8443"], 1, "not this machine's"),
-        (["root", "--listen", "127.0.0.1:{busy}"], 1, "another program listens there"),
+        (["root", "--listen", "127.0.0.1:{busy}"], 1, "something listens there already"),
         (["root", "--workers", "0"], 2, "--workers"),
         (["root", "--alpn", "h3"], 2, "name h2, http/1.1"),
         (["root", "--ktls", "maybe"], 2, "maybe"),

@@ -190,7 +190,7 @@ def test_a_supervisor_that_dies_ends_its_workers_when_they_have_finished(folder)
 
 
 def test_a_worker_that_is_stuck_is_killed_and_the_others_take_new_clients_meanwhile(folder):
-    configure(folder, "[limits]\nstall_timeout = 2.0")
+    configure(folder, "[limits]\nstall_timeout = 3.0")
     with started(folder) as server:
         serving(server)
         stuck = server.workers()[0]
@@ -200,7 +200,7 @@ def test_a_worker_that_is_stuck_is_killed_and_the_others_take_new_clients_meanwh
             answers += Client(server.port).get("/small").status == 200
         assert answers == 10
         wait_until(lambda: stuck not in server.workers(), 20)
-        assert said(server, f"worker {stuck} shows no sign of life for 2 seconds: killed")
+        assert said(server, f"worker {stuck} shows no sign of life for 3 seconds: killed")
         serving(server)
         assert metric(server, "ktlsd_worker_stalls_total") == 1
         assert server.stop() == 0
@@ -296,6 +296,16 @@ def test_a_port_in_use_refuses_the_reload(folder):
         configure(folder, f'[[http]]\nlisten = ["127.0.0.1:{taken.getsockname()[1]}"]')
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: said(server, "Address already in use"))
+        killed = server.workers()[0]
+        os.kill(killed, signal.SIGKILL)  # who comes after it needs the sockets, too
+        wait_until(lambda: len(server.workers()) == 2 and killed not in server.workers())
+        serving(server)
+        assert Client(server.port).get("/small").status == 200
+        server.process.send_signal(signal.SIGUSR2)  # the same is no good for an upgrade
+        wait_until(lambda: said(server, "the new program would not start"), 30)
+        taken.close()
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: said(server, "generation 2 serves"))
         assert Client(server.port).get("/small").status == 200
         assert server.stop() == 0
 
@@ -624,4 +634,101 @@ def test_no_counter_goes_back_whatever_happens_to_the_workers(folder):
         assert seen == [20.0] * len(seen)
         assert len(seen) > 20
         assert metric(server, "ktlsd_upgrades_total") == 1
+        assert server.stop() == 0
+
+
+# --- what a review found --------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_whose_successors_can_not_start_is_not_given_up(folder):
+    """Somebody has served: it may get better."""
+    configure(folder, workers=1)
+    (folder / "sitecustomize.py").write_text(
+        "import os, ktlsd.server.sandbox as s\n"
+        "real = s.preload\n"
+        "def preload():\n"
+        "    if os.path.exists('broken'): raise RuntimeError('as if something were missing')\n"
+        "    real()\n"
+        "s.preload = preload\n"
+    )
+    with program("--config", "k.toml", cwd=folder, env={"PYTHONPATH": str(folder)}) as server:
+        serving(server, 1)
+        (folder / "broken").touch()
+        os.kill(server.workers()[0], signal.SIGKILL)
+        wait_until(lambda: said(server, "ended with status 1; a new one is started in"))
+        (folder / "broken").unlink()
+        wait_until(lambda: page(server), 30)
+        assert Client(server.port).get("/small").status == 200
+        assert server.stop() == 0
+
+
+def test_a_certificate_renewed_together_with_a_reload_is_served_by_the_new_workers(folder):
+    with started(folder) as server:
+        serving(server)
+        for _ in range(3):
+            before, said_before = serial(server.port), server.stderr.read_text().count("serves")
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+            fresh_pair(folder)
+            wait_until(lambda n=said_before: server.stderr.read_text().count("serves") > n)
+            wait_until(lambda b=before: b not in {serial(server.port) for _ in range(10)})
+        assert server.stop() == 0
+
+
+def test_workers_that_leave_write_to_the_log_that_others_write_to(folder):
+    with started(folder) as server:
+        serving(server)
+        download = Download(server)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: said(server, "generation 2 serves"))
+        (folder / "log").rename(folder / "log.1")
+        server.process.send_signal(signal.SIGUSR1)
+        wait_until((folder / "log").exists)
+        time.sleep(0.3)
+        download.finish()
+        wait_until(lambda: '"/big"' in (folder / "log").read_text())
+        assert server.stop() == 0
+
+
+def test_new_workers_hold_nothing_of_the_old_configuration(folder):
+    (folder / "other").mkdir()
+    with started(folder) as server:
+        serving(server)
+        first = server.workers()
+        text = (
+            (folder / "k.toml")
+            .read_text()
+            .replace('root = "root"', 'root = "other"')
+            .replace('access = "log"', 'access = "log2"')
+        )
+        (folder / "k.toml").write_text(text)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: len(server.workers()) == 2 and not set(first) & set(server.workers()), 20)
+        for pid in (*server.workers(), server.process.pid):
+            held = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+            assert str(folder / "other") in held
+            assert not held & {str(folder / "root"), str(folder / "log")}
+        assert server.stop() == 0
+
+
+def test_a_reload_asked_for_during_one_that_fails_is_carried_out(folder):
+    (folder / "sitecustomize.py").write_text(
+        "import os, ktlsd.server.sandbox as s\n"
+        "real = s.preload\n"
+        "def preload():\n"
+        "    if os.path.exists('broken'):\n"
+        "        os.unlink('broken')\n"
+        "        raise RuntimeError('once')\n"
+        "    real()\n"
+        "s.preload = preload\n"
+    )
+    with program("--config", "k.toml", cwd=folder, env={"PYTHONPATH": str(folder)}) as server:
+        serving(server)
+        (folder / "broken").touch()
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: not (folder / "broken").exists())
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: said(server, "before it could serve") or said(server, "serves"), 20)
+        wait_until(lambda: said(server, "generation 2 serves"), 20)
+        assert Client(server.port).get("/small").status == 200
         assert server.stop() == 0

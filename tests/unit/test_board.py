@@ -111,7 +111,7 @@ def test_clients_are_counted_over_all_workers(steps):
 
 def test_a_thousand_clients_hardly_ever_share_both_counts(board):
     tally = Tally(board, board.take(1))
-    assert sum(tally.add(b"%d" % number) > 1 for number in range(1000)) <= 15
+    assert sum(tally.add(b"%d" % number) > 1 for number in range(1000)) <= 4
 
 
 @pytest.mark.parametrize(("one", "other", "same_client", "same_subnet"), [
