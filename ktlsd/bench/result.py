@@ -74,6 +74,7 @@ class Failure(msgspec.Struct, frozen=True):
 
     subject: Subject
     why: str
+    wrong: bool = False  # it gave wrong bytes, too few, or fell back in silence: the whole run counts as failed
 
 
 class Result(msgspec.Struct, frozen=True):
