@@ -52,10 +52,14 @@ install: | $(VENV)/bin/pip
 	install -m 0644 systemd/ktlsd.service.d/10-socket.conf $(UNITS)/ktlsd.service.d/
 	install -m 0644 systemd/modules-load.d/ktlsd.conf $(DESTDIR)/etc/modules-load.d/
 	[ -e $(DESTDIR)/etc/ktlsd/ktlsd.toml ] || install -m 0644 systemd/ktlsd.toml $(DESTDIR)/etc/ktlsd/
+	@rm -rf build
+	@# What was made for a package must not name the place it was made in.
+	@[ -z "$(DESTDIR)" ] || find $(DESTDIR)/opt/ktlsd/bin $(DESTDIR)/opt/ktlsd/pyvenv.cfg -type f -exec sed -i "s|$(DESTDIR)/opt|/opt|g" {} +
+	@[ -n "$(DESTDIR)" ] || ln -sf /opt/ktlsd/bin/ktlsd /usr/local/bin/ktlsd
 	@echo "Installed. Next: certificate and key into /etc/ktlsd, then systemctl daemon-reload (docs/operations.md)"
 
 clean:
-	rm -rf $(VENV) .sample .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build .sample .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 # --- what they stand on ---
 
@@ -67,6 +71,7 @@ $(VENV)/bin/pip:
 	@rm -rf $(VENV); $(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
+	@echo "installing into $(VENV), once"
 	$(BIN)/pip install -q --disable-pip-version-check -e .
 	@touch $@
 

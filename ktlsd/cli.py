@@ -24,6 +24,7 @@ from ktlsd.net.listeners import address_text
 from ktlsd.protocol.semantics import parse_path
 from ktlsd.server import generation
 from ktlsd.server.auth import Signer, hash_password
+from ktlsd.server.crew import LOG_FORM
 from ktlsd.server.rehearsal import rehearse
 from ktlsd.server.supervisor import Supervisor
 from ktlsd.settings import ALPN, Settings, parse_listen, read_file
@@ -73,7 +74,7 @@ def serve(config: str | None, *, check: bool, **flags: Any) -> None:
     SIGHUP reads the configuration and the certificates again, SIGUSR2 starts another version of the program in its place;
     neither drops a connection. SIGTERM finishes what is running.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORM.format(who=""))
 
     def load() -> Settings:
         settings = _merge(read_file(config) if config else Settings(), flags)

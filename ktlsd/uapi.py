@@ -52,6 +52,7 @@ cachestat: Final = Struct("=QQQQQ")  # nr_cache, nr_dirty, nr_writeback, nr_evic
 
 # linux/prctl.h
 PR_SET_DUMPABLE: Final = 4
+PR_SET_NAME: Final = 15
 PR_SET_NO_NEW_PRIVS: Final = 38  # since 3.5
 
 # linux/landlock.h, asm/unistd.h; "ABI" is what LANDLOCK_CREATE_RULESET_VERSION returns

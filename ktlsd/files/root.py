@@ -44,6 +44,7 @@ class DocumentRoot:
                 errno.EACCES: "give the user ktlsd runs as read and execute permission (chmod o+rx)",
             }.get(exc.errno or 0, "name another directory")
             raise SettingsError(f"root: {path}: {exc.strerror}; {remedy}") from exc
+        self.path = path
         self._real = os.path.realpath(path)
         self._openat2 = use_openat2 and _openat2_works(self._fd)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from ktlsd.errors import SettingsError
 from ktlsd.settings import Settings, Tls
@@ -104,7 +105,7 @@ def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
         except OSError as exc:
             raise SettingsError(f"{name} {file}: cannot be read: {exc.strerror}") from exc
         if not found:
-            raise SettingsError(f"{name} {file}: there is no {name} in it (PEM, -----BEGIN …{wanted.decode().strip('-')}-----)")
+            raise SettingsError(f"{name} {file}: there is no {name} in it (PEM, -----{wanted.decode().strip('- ')}-----)")
 
     _load(context, cert, key, Pair(cert, key))
 
@@ -180,6 +181,14 @@ def pem_file(pair: Pair, pem: bytes) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def key_kind(pem: bytes) -> str:
+    """Return the kind of a certificate's key: OpenSSL keeps a pair for each, another kind would be beside and not instead."""
+    try:
+        return type(x509.load_pem_x509_certificates(pem)[0].public_key()).__name__
+    except (ValueError, IndexError, UnsupportedAlgorithm):
+        return ""
 
 
 def fingerprint(pair: Pair) -> bytes:

@@ -21,7 +21,8 @@ from ktlsd.server.waker import NEVER
 _log = logging.getLogger("ktlsd")
 _MAX_LEAVING: Final = 64  # workers; the oldest is cut when there are more
 _LAST_WORD: Final = 5.0  # seconds that a worker has to end by itself when its time is over
-_FORM: Final = "%(levelname)s worker %(process)d: %(message)s"
+# The journal has the time of each line already (systemd.exec(5), JOURNAL_STREAM).
+LOG_FORM: Final = ("" if "JOURNAL_STREAM" in os.environ else "%(asctime)s ") + "%(levelname)s {who}%(message)s"
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +101,7 @@ class Crew:
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
             for handler in logging.getLogger().handlers:
-                handler.setFormatter(logging.Formatter(_FORM))
+                handler.setFormatter(logging.Formatter(LOG_FORM.format(who="worker %(process)d: ")))
             membership.place.give_to(os.getpid())
             for mine in (ours, *(hand.control for hand in self._hands.values())):
                 mine.close()

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from ktlsd import devcert
-from ktlsd.errors import StartError
+from ktlsd.errors import SettingsError, StartError
 from ktlsd.net import handover
 from ktlsd.net.channel import HandoverPolicy
 from ktlsd.net.kernel import Kernel, LinuxKernel
@@ -29,6 +29,7 @@ from ktlsd.server.contexts import (
     build_context,
     build_contexts,
     fingerprint,
+    key_kind,
     load_pem,
     pairs_of,
     pem_file,
@@ -78,6 +79,7 @@ class Generation:
     policy: HandoverPolicy
     trust: str | None  # the development CA
     fingerprints: dict[Pair, bytes]  # of the certificates, when they were read or before
+    kinds: dict[Pair, str]  # of their keys
     entries: list[Entry] = field(default_factory=list)
     names: set[str] = field(default_factory=set)  # of the sockets, for Sockets.commit
 
@@ -90,8 +92,12 @@ class Generation:
 
 def check(settings: Settings) -> None:
     """Try everything that can be tried without listening. Raises SettingsError."""
-    Sites(settings).close()
     check_user(settings)
+    sites = Sites(settings)
+    try:
+        _check_rights(settings, [sites])
+    finally:
+        sites.close()
     if settings.tls.cert is not None:
         build_contexts(settings)
     else:
@@ -127,6 +133,7 @@ def prepare(settings: Settings, sockets: Sockets, number: int, before: Generatio
         access_log = AccessLog(settings.log.access, settings.log.format)
         kernel = LinuxKernel()
         policy = _policy(settings, kernel)
+        _check_rights(settings, [sites, *challenges.values()])
         workers = process.processors() if settings.workers == "auto" else settings.workers
         since = before.made if before is not None and contexts is before.contexts else time.monotonic()
         made_generation = Generation(
@@ -143,6 +150,7 @@ def prepare(settings: Settings, sockets: Sockets, number: int, before: Generatio
             policy,
             trust,
             fingerprints,
+            {pair: key_kind(read_pair(pair)) for pair in pairs_of(settings)},
         )
         _open_doors(made_generation, sockets)
     except BaseException:
@@ -161,16 +169,30 @@ def _contexts(settings: Settings, before: Generation | None) -> list[ssl.SSLCont
         return build_contexts(settings)
     if _shape(settings) != _shape(before.settings):
         return build_contexts(settings)
+    pems = {pair: read_pair(pair) for pair in pairs_of(settings)}
+    if {pair: key_kind(pem) for pair, pem in pems.items()} != before.kinds:
+        return build_contexts(settings)
     fds: list[int] = []
     try:
         for pair in pairs_of(settings):  # all of them first: a bad one changes nothing
-            fds += [pem_file(pair, read_pair(pair))]
+            fds += [pem_file(pair, pems[pair])]
         for context, fd in zip(before.contexts, fds, strict=True):
             load_pem(context, fd)
     finally:
         for fd in fds:
             os.close(fd)
     return before.contexts
+
+
+def _check_rights(settings: Settings, groups: Sequence[Sites]) -> None:
+    """Raises SettingsError if the workers' user may not read what they must: it would be 403s, and locks that stay open."""
+    if settings.process.user is None:
+        return
+    wanted = {f"/proc/self/fd/{site.root.fd}": f"root: {site.root.path}" for sites in groups for site in sites.all}
+    wanted |= {rule.auth: f"auth: {rule.auth}" for site in settings.sites for rule in site.rule if rule.auth}
+    for path in sandbox.unreadable(list(wanted), settings.process.user, settings.process.group):
+        fix = "chmod o+rx" if wanted[path].startswith("root") else "chgrp, chmod 0640: changes of it would not count"
+        raise SettingsError(f"{wanted[path]}: {settings.process.user} (process.user) may not read it; {fix}")
 
 
 def _raise_limits(settings: Settings) -> None:

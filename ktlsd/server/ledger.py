@@ -1,13 +1,17 @@
 """What has been asked on one connection and what became of it: for the access log and the counters."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ktlsd.net.plain import Mode, PlainChannel
 from ktlsd.protocol.messages import Ended, Refused, Request
 from ktlsd.server.accesslog import AccessLog, Entry, TlsFacts, timestamp
 from ktlsd.server.metrics import Metrics
+
+_SIGNATURE: Final = re.compile(rb"([?&]signature=)[^&]*")  # who reads the log shall not be able to fetch what it guards
 
 
 @dataclass(slots=True)
@@ -75,5 +79,5 @@ def _request_facts(request: Request | Refused) -> dict[str, str | None]:
     for key, name in (("range", b"range"), ("referer", b"referer"), ("user_agent", b"user-agent")):
         value = request.header(name)
         facts[key] = value.decode("latin-1") if value is not None else None
-    target, host = request.target.decode("latin-1"), request.host.decode("latin-1")
+    target, host = _SIGNATURE.sub(b"\\1-", request.target).decode("latin-1"), request.host.decode("latin-1")
     return facts | {"method": request.method, "target": target, "protocol": request.version, "host": host}

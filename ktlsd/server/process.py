@@ -33,3 +33,8 @@ def processors() -> int:
         return max(min(allowed, math.ceil(int(quota) / int(period))), 1)
     except (OSError, ValueError):  # no cgroup v2, or "max"
         return allowed
+
+
+def take_name(name: str) -> None:
+    """Be listed by this name, at most 15 bytes; after an upgrade it would be the interpreter's. Workers inherit it."""
+    ctypes.CDLL(None).prctl(uapi.PR_SET_NAME, name.encode(), 0, 0, 0)

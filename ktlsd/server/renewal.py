@@ -7,7 +7,7 @@ from typing import Final
 
 from ktlsd.errors import SettingsError
 from ktlsd.files.watch import Watch
-from ktlsd.server.contexts import Pair, expiry_of, fingerprint, load_pem, pem_file, read_pair
+from ktlsd.server.contexts import Pair, expiry_of, fingerprint, key_kind, load_pem, pem_file, read_pair
 from ktlsd.server.generation import Generation
 
 _log = logging.getLogger("ktlsd")
@@ -22,6 +22,7 @@ class Renewal:
     def __init__(self) -> None:
         self.watch = Watch()
         self.look_at = float("inf")
+        self.wants_reload = False
         self._noticed = 0.0  # when the first change was, since the last look
         self._pairs: list[Pair] = []
         self._seen: dict[Pair, bytes] = {}
@@ -57,6 +58,10 @@ class Renewal:
         for pair in sorted(changed):
             try:
                 pem = read_pair(pair)
+                if key_kind(pem) != generation.kinds.get(pair):
+                    _log.info("certificate %s: has another kind of key now: that takes a reload", pair.cert)
+                    self.wants_reload = True
+                    continue
                 fds = [(index, pem_file(pair, pem)) for index, each in enumerate(self._pairs) if each == pair]
             except SettingsError as error:
                 _log.warning("%s. The old pair stays", error)

@@ -125,6 +125,27 @@ def rehearse() -> Sandbox:
     return Sandbox(landlock, why_not)
 
 
+def unreadable(paths: Sequence[str], user: str, group: str | None) -> list[str]:
+    """Return which of these directories and files `user` may not read, found out in a process that becomes that user."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if not pid:
+        refused = b""
+        try:
+            drop_privileges(user, group)
+            for number, path in enumerate(paths):
+                if not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
+                    refused += b"%d " % number
+        finally:
+            os.write(writing, refused)
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        numbers = file.read().split()
+    os.waitpid(pid, 0)
+    return [paths[int(number)] for number in numbers]
+
+
 def handled(abi: int) -> tuple[int, int, int]:
     """Return what a ruleset of this ABI forbids: struct landlock_ruleset_attr's handled_access_fs, _net and scoped."""
     fs, net, scoped = (sum(bits for since, bits in table.items() if since <= abi) for table in (_FS, _NET, _SCOPES))

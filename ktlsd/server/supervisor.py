@@ -77,6 +77,7 @@ class Supervisor:
     def run(self) -> None:
         """Serve until told to stop. Raises SettingsError, StartError before the first worker is ready."""
         process.forbid_core_dumps()
+        process.take_name("ktlsd")
         self._generation = prepare(self._load(), self._sockets, 1)
         self._sockets.commit(self._generation.names)
         self._waker.hook(_SIGNALS)
@@ -282,6 +283,9 @@ class Supervisor:
                 hand.control.send("certificate", index, (fd,))
             os.close(fd)
             self._metrics.count("certificates_renewed")
+        if self._renewal.wants_reload:
+            self._renewal.wants_reload = False
+            self._reload(now)
         self._publish()
 
     # --- being told ------------------------------------------------------------------------------------------------

@@ -62,10 +62,7 @@ def _expiry(cert: str) -> str:
 
 def _address(shown: str, listener: Listener) -> str:
     host, port = listener.address
-    name = shown or host
-    if name in ("", "0.0.0.0", "::"):  # noqa: S104  # shown, not bound
-        name = "localhost"
-    return listeners.address_text(name, port)
+    return listeners.address_text(shown or host, port)
 
 
 def _workers(generation: Generation) -> list[str]:

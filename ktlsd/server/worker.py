@@ -305,4 +305,5 @@ class Worker:
         self._poller.close()
         self.waker.close()
         self._member.leave()
-        _log.info("served: %s", self._metrics.summary())
+        if self._metrics.counters:
+            _log.info("served: %s", self._metrics.summary())

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import trustme
 
 from ktlsd.server.auth import hash_password
 from tests import pki
@@ -731,4 +732,48 @@ def test_a_reload_asked_for_during_one_that_fails_is_carried_out(folder):
         wait_until(lambda: said(server, "before it could serve") or said(server, "serves"), 20)
         wait_until(lambda: said(server, "generation 2 serves"), 20)
         assert Client(server.port).get("/small").status == 200
+        assert server.stop() == 0
+
+
+def test_a_certificate_with_another_kind_of_key_takes_the_old_one_s_place(folder):
+    """OpenSSL would keep both, and give old clients the one that runs out."""
+    leaf = pki.authority().issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.RSA)
+    with started(folder) as server:
+        serving(server)
+        first = serial(server.port)
+        (folder / "new.pem").write_bytes(b"".join(pem.bytes() for pem in leaf.cert_chain_pems))
+        leaf.private_key_pem.write_to_path(str(folder / "new.key"))
+        (folder / "new.pem").rename(folder / "cert.pem")
+        (folder / "new.key").rename(folder / "key.pem")
+        wait_until(lambda: said(server, "another kind of key"))
+        wait_until(lambda: first not in {serial(server.port) for _ in range(5)}, 20)
+        only_ecdsa = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+        only_ecdsa.maximum_version = ssl.TLSVersion.TLSv1_2
+        only_ecdsa.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256")
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock, pytest.raises(ssl.SSLError):
+            only_ecdsa.wrap_socket(sock, server_hostname="localhost")
+        assert server.stop() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("what", ["root", "auth"])
+def test_what_the_workers_user_may_not_read_is_told_before_it_matters(folder, what):
+    (folder / "users").write_text(f"anna:{hash_password('a')}\n")
+    configure(folder, '[process]\nuser = "nobody"\n[[rule]]\npath = "/big"\nauth = "users"')
+    folder.chmod(0o755)
+    for parent in list(folder.parents)[:3]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    (folder / ("root" if what == "root" else "users")).chmod(0o700 if what == "root" else 0o600)
+    for command in (["check", "k.toml"], ["serve", "--config", "k.toml"]):
+        arguments = [sys.executable, "-m", "ktlsd", *command]
+        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "nobody (process.user) may not read it" in done.stderr
+
+
+def test_signatures_are_not_in_the_log(folder):
+    with started(folder) as server:
+        Client(server.port).get("/small?expires=1&signature=abcdef&x=y")
+        wait_until(lambda: "/small" in (folder / "log").read_text())
+        assert "/small?expires=1&signature=-&x=y" in (folder / "log").read_text()
         assert server.stop() == 0
