@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 _MAX: Final = 4_096  # bytes of a message
 _MAX_FDS: Final = 4
+_AT_ONCE: Final = 16  # messages; more come with the next look
 
 
 class Message(NamedTuple):
@@ -44,7 +45,7 @@ class Control:
     def receive(self) -> list[Message]:
         """Return what came."""
         messages: list[Message] = []
-        while True:
+        for _ in range(_AT_ONCE):
             try:
                 data, ancillary, _, _ = self._sock.recvmsg(_MAX, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
@@ -52,12 +53,14 @@ class Control:
             except OSError:
                 data, ancillary = b"", []
             if not data:
+                close_all(_descriptors(ancillary))
                 return [*messages, Message("")]
             try:
                 word, _, value = data.decode().partition(" ")
                 messages.append(Message(word, float(value), _descriptors(ancillary)))
             except ValueError:  # a worker that somebody else has taken over: it is not listened to any more
                 return [*messages, Message("")]
+        return messages
 
     def close(self) -> None:
         """Hang up."""

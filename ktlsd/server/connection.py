@@ -56,7 +56,7 @@ class Connection:
     __slots__ = (
         "_channel", "_client", "_complaint", "_faulted", "_fd", "_http", "_jobs", "_key_updates", "_key_updates_seen",
         "_leave", "_ledger", "_mode", "_paced", "_progress", "_progress_due", "_rate", "_sent", "_services", "_stage",
-        "_unacknowledged", "deadline", "draining", "guest", "spent",
+        "_unacknowledged", "deadline", "draining", "guest", "spent", "uncounted",
     )  # fmt: skip
 
     def __init__(self, channel: PlainChannel, client: tuple[str, int], guest: Guest, services: Services, now: float) -> None:
@@ -83,6 +83,7 @@ class Connection:
         self.deadline = now + services.limits.handshake_timeout
         self.draining = False
         self.guest = guest
+        self.uncounted = False  # not one of its client's connections: a probe
         self.spent = 0  # bytes sent in the last turn
 
     def fileno(self) -> int:
@@ -273,9 +274,7 @@ class Connection:
         if self._http.busy:
             self.deadline = self._progress_due = now + limits.progress_timeout
             if self._rate is not None:
-                self._rate.begin(now)
-                if now >= self._rate.due:
-                    self._rate.look(now, self._sent - self._channel.unacknowledged())
+                self._rate.begin(now)  # it is looked at when that is due, in a turn: here nobody could be told
                 self.deadline = min(self.deadline, self._rate.due)
             return
         if self._rate is not None:
@@ -306,6 +305,8 @@ class Connection:
             return
         if self._http.owes_work:  # ours to do: the client can't help it
             self.deadline = now + self._services.limits.progress_timeout
+            if self._rate is not None:
+                self._rate.rest()  # what we owed is not to be held against it
             return
         if self._rate is not None and self._http.busy and 0 < self._rate.due <= now:
             self._rate.look(now, self._sent - self._channel.unacknowledged())

@@ -1,10 +1,12 @@
 """ssl.SSLContext from Settings. Built before the workers are forked: session ticket keys must be the same in all of them."""
 
+import errno
 import hashlib
 import logging
 import os
 import re
 import ssl
+import stat
 from typing import NamedTuple
 
 import msgspec
@@ -100,8 +102,7 @@ def _ask_for_certificates(context: ssl.SSLContext, tls: Tls) -> None:
 def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
     for name, file, wanted in (("certificate", cert, b"-BEGIN CERTIFICATE-"), ("key", key, b" PRIVATE KEY-")):
         try:
-            with open(file, "rb") as source:
-                found = wanted in source.read(_MAX_PEM)
+            found = wanted in _text_of(file)
         except OSError as exc:
             raise SettingsError(f"{name} {file}: cannot be read: {exc.strerror}") from exc
         if not found:
@@ -152,13 +153,23 @@ def pairs_of(settings: Settings) -> list[Pair]:
     return [Pair(tls.cert, tls.key), *(Pair(site.cert or tls.cert, site.key or tls.key) for site in own)]
 
 
+def _text_of(file: str) -> bytes:
+    """Return what is in a file; a pipe in its place must not be waited for. Raises OSError."""
+    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return os.pread(fd, _MAX_PEM, 0)
+    finally:
+        os.close(fd)
+
+
 def read_pair(pair: Pair) -> bytes:
     """Return chain and key, as `load_pem` wants them, whatever else is in the files. Raises SettingsError if there is none."""
     parts = []
     for name, file, wanted in (("certificate", pair.cert, _CERTIFICATES), ("key", pair.key, _PRIVATE_KEY)):
         try:
-            with open(file, "rb") as source:
-                text = source.read(_MAX_PEM)
+            text = _text_of(file)
         except OSError as exc:
             raise SettingsError(f"{name} {file}: cannot be read: {exc.strerror}") from exc
         found = [match[0] for match in wanted.finditer(text)]
@@ -196,8 +207,7 @@ def fingerprint(pair: Pair) -> bytes:
     digest = hashlib.sha256()
     for file in pair:
         try:
-            with open(file, "rb") as source:
-                digest.update(source.read(_MAX_PEM))
+            digest.update(_text_of(file))
         except OSError as exc:
             digest.update(os.strerror(exc.errno or 0).encode())
     return digest.digest()
@@ -206,8 +216,7 @@ def fingerprint(pair: Pair) -> bytes:
 def expiry_of(cert: str) -> float | None:
     """Return when a certificate ends, seconds since the epoch; None if that can't be read."""
     try:
-        with open(cert, "rb") as source:
-            leaf = x509.load_pem_x509_certificates(source.read(_MAX_PEM))[0]
+        leaf = x509.load_pem_x509_certificates(_text_of(cert))[0]
     except (OSError, ValueError, IndexError):
         return None
     return leaf.not_valid_after_utc.timestamp()

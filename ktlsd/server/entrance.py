@@ -26,6 +26,7 @@ _PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
 _FRESH: Final = 3.0  # seconds after its last sign of life that a worker counts as stuck
 _UNEVEN: Final = 1.125  # times its share of all connections, and
 _UNEVEN_MIN: Final = 8  # some more, a worker may have before it leaves new ones to the others
+_PROBES: Final = 64  # connections beyond limits.connections, for who asks how things are
 _LAST: Final = 4_096  # connections taken in the end: as many as may have waited
 _LOOK_AGAIN: Final = 0.1  # seconds until it looks whether they have caught up
 
@@ -93,22 +94,41 @@ class Entrance:
         self._admission = Admission(services.limits, Tally(membership.board, membership.place))
         self._arrivals: dict[int, tuple[Arrival, Door]] = {}
         self._accepting = False
+        self._direct = False  # watching doors at which probes are answered even when there is no room for anybody else
         self._open = 0
         self.resume_at = NEVER  # monotonic seconds; accepting has been stopped until then
 
     def open(self) -> None:
         """Accept from now on."""
-        if not self._accepting and self._doors and not self._full and self.resume_at == NEVER:
+        if self.resume_at != NEVER:
+            return
+        if not self._accepting and self._doors and not self._full:
             self._accepting = True
-            for listener in self._doors:
+            self._watch(direct=False)
+        if not self._direct and self._doors:
+            self._direct = True
+            self._watch(direct=True)
+
+    def _watch(self, *, direct: bool) -> None:
+        for listener, door in self._doors.items():
+            if door.direct is direct:
                 self._poller.add(listener, level_triggered=True, shared=True)
+
+    def _unwatch(self, *, direct: bool) -> None:
+        for listener, door in self._doors.items():
+            if door.direct is direct:
+                self._poller.remove(listener)
 
     def _pause(self, until: float = NEVER) -> None:
         self.resume_at = min(self.resume_at, until)
         if self._accepting:
             self._accepting = False
-            for listener in self._doors:
-                self._poller.remove(listener)
+            self._unwatch(direct=False)
+
+    def _shut_direct(self) -> None:
+        if self._direct:
+            self._direct = False
+            self._unwatch(direct=True)
 
     def clock(self, now: float) -> None:
         """Look whether it is time to stop accepting for a while, or to go on."""
@@ -138,8 +158,9 @@ class Entrance:
         if isinstance(source, Arrival):
             yield from self._identify(source, now, ended=ended)
             return
+        direct = self._doors[source].direct
         for _ in range(_BURST if self._alone else _FEW):
-            if self._full:
+            if self._full and (not direct or self._open >= self._limits.connections + _PROBES):
                 self._metrics.count("accept_paused:connections")
                 self._pause()  # until one of them ends
                 return
@@ -151,7 +172,7 @@ class Entrance:
             if accepted is None:
                 return
             yield from self._accepted(*accepted, self._doors[source], now)
-        if self._full:
+        if self._full and not direct:
             self._pause()  # now: the next connection would wake this worker, and nobody else
 
     def _accepted(self, sock: socket.socket, client: tuple[str, int], door: Door, now: float) -> Iterator[Newcomer]:
@@ -185,7 +206,7 @@ class Entrance:
 
     def _admitted(self, sock: socket.socket, client: tuple[str, int], door: Door) -> Iterator[Newcomer]:
         who = guest(client[0])
-        limit = self._admission.admit(who)
+        limit = None if door.direct else self._admission.admit(who)
         if limit is None:
             self._count(+1)
             yield Newcomer(sock, client, who, door)
@@ -204,10 +225,12 @@ class Entrance:
         if self._metrics.counters["accept_paused:descriptors"] == 1:
             _log.warning("cannot accept: %s; new clients wait. Raise LimitNOFILE or lower limits.connections", why)
         self._pause(now + _PAUSE)
+        self._shut_direct()
 
-    def left(self, who: Guest) -> None:
-        """A connection that came in has ended."""
-        self._admission.leave(who)
+    def left(self, who: Guest, *, direct: bool) -> None:
+        """A connection that came in has ended; by which kind of door it came."""
+        if not direct:
+            self._admission.leave(who)
         self._count(-1)
         self.open()
 
@@ -230,6 +253,7 @@ class Entrance:
                     break
                 yield from self._accepted(*accepted, self._doors[listener], now)
         self._pause()
+        self._shut_direct()
         for listener in self._doors:
             listener.close()
         self._doors.clear()

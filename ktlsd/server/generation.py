@@ -121,7 +121,19 @@ def prepare(settings: Settings, sockets: Sockets, number: int, before: Generatio
     check_user(settings)
     _raise_limits(settings)
     fingerprints = {pair: fingerprint(pair) for pair in pairs_of(settings)}
-    contexts = _contexts(settings, before)
+    contexts, fds = _contexts(settings, before)
+    try:
+        return _prepared(settings, sockets, number, contexts, before, trust, fds, fingerprints)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _prepared(
+    settings: Settings, sockets: Sockets, number: int, contexts: list[ssl.SSLContext], before: Generation | None,
+    trust: str | None, fds: list[int], fingerprints: dict[Pair, bytes],
+) -> Generation:  # fmt: skip
+    """The rest of `prepare`; `fds` hold chain and key for contexts that are used again: loaded when nothing can be refused."""
     sites = Sites(settings)
     challenges: dict[str, Sites] = {}
     access_log = None
@@ -153,6 +165,8 @@ def prepare(settings: Settings, sockets: Sockets, number: int, before: Generatio
             {pair: key_kind(read_pair(pair)) for pair in pairs_of(settings)},
         )
         _open_doors(made_generation, sockets)
+        for context, fd in zip(contexts, fds, strict=False):
+            load_pem(context, fd)
     except BaseException:
         sockets.rollback()
         for each in (sites, *challenges.values()):
@@ -163,25 +177,24 @@ def prepare(settings: Settings, sockets: Sockets, number: int, before: Generatio
     return made_generation
 
 
-def _contexts(settings: Settings, before: Generation | None) -> list[ssl.SSLContext]:
-    """Return the earlier contexts with their certificates read again, or new ones. Raises SettingsError."""
+def _contexts(settings: Settings, before: Generation | None) -> tuple[list[ssl.SSLContext], list[int]]:
+    """Return the earlier contexts, and descriptors of what is to be loaded into them; or new ones. Raises SettingsError."""
     if before is None or settings.tls.client_ca is not None or time.monotonic() - before.made > _TICKET_KEYS_LAST:
-        return build_contexts(settings)
+        return build_contexts(settings), []
     if _shape(settings) != _shape(before.settings):
-        return build_contexts(settings)
+        return build_contexts(settings), []
     pems = {pair: read_pair(pair) for pair in pairs_of(settings)}
     if {pair: key_kind(pem) for pair, pem in pems.items()} != before.kinds:
-        return build_contexts(settings)
+        return build_contexts(settings), []
     fds: list[int] = []
     try:
-        for pair in pairs_of(settings):  # all of them first: a bad one changes nothing
+        for pair in pairs_of(settings):
             fds += [pem_file(pair, pems[pair])]
-        for context, fd in zip(before.contexts, fds, strict=True):
-            load_pem(context, fd)
-    finally:
+    except BaseException:
         for fd in fds:
             os.close(fd)
-    return before.contexts
+        raise
+    return before.contexts, fds
 
 
 def _check_rights(settings: Settings, groups: Sequence[Sites]) -> None:

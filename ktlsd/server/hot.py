@@ -26,6 +26,7 @@ _SETTLED: Final = 0.1  # seconds since the last change: two changes within a tic
 _ENTRIES: Final = 512  # each has a descriptor
 _MEMORY: Final = 16 << 20  # bytes
 _SEEN: Final = 4_096
+_KEY_MAX: Final = 1_024  # bytes of a request
 
 Key = tuple[str, bytes, bytes, tuple[tuple[bytes, bytes], ...]]
 
@@ -44,7 +45,7 @@ class HotResponses:
     def __init__(self, responder: Answers) -> None:
         self._responder = responder
         self._hot: OrderedDict[Key, _Hot] = OrderedDict()
-        self._seen: dict[Key, None] = {}
+        self._seen: set[int] = set()  # hashes of what was asked for once
         self._bytes = 0
 
     def respond(self, request: Request | Refused) -> Response | Later:
@@ -52,9 +53,12 @@ class HotResponses:
         if isinstance(request, Refused) or request.method != "GET":
             return self._responder.respond(request)
         key = request.method, request.target, request.host, request.headers
+        now = time.monotonic()
+        while self._hot and next(iter(self._hot.values())).until <= now:  # the first is the oldest
+            self._forget(next(iter(self._hot)))
         hot = self._hot.get(key)
         if hot is not None:
-            if time.monotonic() < hot.until and _unchanged(hot.file):
+            if _unchanged(hot.file):
                 date = (b"Date", http_date(int(time.time())))
                 return Response(200, [date, *hot.headers], [hot.body] if hot.body else [], len(hot.body))
             self._forget(key)
@@ -71,10 +75,12 @@ class HotResponses:
         """Keep an answer, if it was asked for before."""
         if len(response.body) != 1 or (response.content_length or 0) > HOT_MAX:
             return
-        if key not in self._seen:
+        if hash(key) not in self._seen:
             if len(self._seen) >= _SEEN:
                 self._seen.clear()
-            self._seen[key] = None
+            self._seen.add(hash(key))
+            return
+        if len(key[1]) + sum(len(name) + len(value) for name, value in key[3]) > _KEY_MAX:
             return
         (part,) = response.body
         if not isinstance(part, FileSlice) or time.time() - part.file.ctime_ns / 1e9 < _SETTLED:

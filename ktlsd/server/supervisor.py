@@ -64,6 +64,7 @@ class Supervisor:
         self._place.state = State.LEAVING  # it takes no connections
         self._crew = Crew(self._poller, self._board, self._metrics, _SIGNALS)
         self._started = time.time() if state is None else state.started
+        self._before = None if state is None else state.settings
         if state is None:
             self._sockets = Sockets(listeners.inherited(os.environ))
         else:
@@ -78,7 +79,7 @@ class Supervisor:
         """Serve until told to stop. Raises SettingsError, StartError before the first worker is ready."""
         process.forbid_core_dumps()
         process.take_name("ktlsd")
-        self._generation = prepare(self._load(), self._sockets, 1)
+        self._generation = self._first()
         self._sockets.commit(self._generation.names)
         self._waker.hook(_SIGNALS)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # an upgrade has blocked them
@@ -98,6 +99,17 @@ class Supervisor:
                 self._event(event, now)
         self._sockets.close()
         _log.info("stopped")
+
+    def _first(self) -> Generation:
+        """Carry out the settings; after an upgrade those of the program before, if they changed since they were looked at."""
+        try:
+            return prepare(self._load(), self._sockets, 1)
+        except KtlsdError as error:
+            if self._before is None:
+                raise
+            _log.error("upgrade: %s. What was served before is served on", error)
+            self._metrics.count("reloads_refused")
+            return prepare(msgspec.json.decode(self._before, type=Settings), self._sockets, 1)
 
     def _event(self, event: Event, now: float) -> None:
         if event.source is self._waker:
@@ -152,9 +164,7 @@ class Supervisor:
     @property
     def _missing(self) -> bool:
         """Whether there are fewer workers than there shall be."""
-        if self._stopping:
-            return False
-        return len(self._crew.of(self._wanted)) < self._wanted.workers
+        return not self._stopping and len(self._crew.of(self._wanted)) < self._wanted.workers
 
     def _start(self, now: float) -> None:
         try:
@@ -162,6 +172,8 @@ class Supervisor:
         except (OSError, StartError) as exc:  # no memory, too many processes: later, perhaps
             _log.error("cannot start a worker: %s", exc.strerror if isinstance(exc, OSError) else exc)
             self._fork_at = now + _BACK_OFF[-1]
+            if self._next is not None:
+                self._abandon_reload("not all of the new workers could be started")
 
     def _let_go(self) -> None:
         """In a new worker: close what is only the supervisor's, and sockets of other generations: they must be able to end."""
@@ -190,7 +202,8 @@ class Supervisor:
             old, self._generation, self._next = self._generation, self._next, None
             self._sockets.commit(self._generation.names)
             if old is not None:
-                self._hand_on_log(old, self._generation)
+                if old.settings.log == self._generation.settings.log:
+                    self._send_log(self._generation)
                 old.close()
             self._renewal.look_after(self._generation)
             self._metrics.count("reloads")
@@ -327,11 +340,6 @@ class Supervisor:
             self._reload_again = False
             self._reload(time.monotonic())
 
-    def _hand_on_log(self, old: Generation, new: Generation) -> None:
-        """If the log is the same one, it may have been moved away: workers that leave go on where the new ones write."""
-        if new.access_log.fd >= 0 and old.settings.log == new.settings.log:
-            self._send_log(new)
-
     def _reopen_log(self) -> None:
         """The access log has been moved away: go on in a new file of its name."""
         for generation in {id(g): g for g in (self._generation, self._next) if g is not None}.values():
@@ -341,7 +349,7 @@ class Supervisor:
 
     def _send_log(self, generation: Generation) -> None:
         """Have all workers that write to a log of this name, those that are leaving too, write where this generation does."""
-        for hand in self._crew:
+        for hand in self._crew if generation.access_log.fd >= 0 else ():
             if hand.log == generation.settings.log.access:
                 hand.control.send("log", 0, (generation.access_log.fd,))
 
@@ -387,5 +395,6 @@ class Supervisor:
         logs = {hand.pid: hand.log for hand in self._crew if hand.log is not None}
         return Handed(
             LAYOUT, self._sockets.hand_over(), workers, logs, self._board.fd, self._place.number, self._started,
+            msgspec.json.encode(self._generation.settings).decode() if self._generation is not None else "{}",
             dict(metrics.counters), metrics.reads, metrics.read_seconds,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from ktlsd.errors import StartError
 
 _log = logging.getLogger("ktlsd")
 _VARIABLE: Final = "KTLSD_STATE"
-LAYOUT: Final = 1  # a number for what is below
+LAYOUT: Final = 2  # a number for what is below
 _MAX: Final = 1 << 20  # bytes
 
 
@@ -31,6 +31,7 @@ class State:
     board: int
     place: int  # the supervisor's own
     started: float  # seconds since the epoch
+    settings: str  # what was served, as JSON: if what is in the files now won't do
     counters: dict[str, int]  # the supervisor's own, those of workers that have ended among them
     reads: list[int]
     read_seconds: float

@@ -156,11 +156,11 @@ class Worker:
             self._poller.add(connection)
         except (OSError, ssl.SSLError, MemoryError) as exc:  # epoll's or OpenSSL's limit: this client only
             _log.warning("cannot take on a connection: %s", exc)
-            self._entrance.left(new.guest)
+            self._entrance.left(new.guest, direct=new.door.direct)
             new.sock.close()
             return
         fd = connection.fileno()
-        connection.draining = self._draining
+        connection.draining, connection.uncounted = self._draining, new.door.direct
         self._connections[fd] = connection
         self._handshakes[fd] = connection
         new.door.services.metrics.count("connections")
@@ -217,7 +217,7 @@ class Worker:
             self._turns.forget(fd)
             del self._connections[fd]
             self._handshakes.pop(fd, None)
-            self._entrance.left(connection.guest)
+            self._entrance.left(connection.guest, direct=connection.uncounted)
 
     # --- work for threads ------------------------------------------------------------------------------------------
 
@@ -238,12 +238,20 @@ class Worker:
                 self._metrics.read_took(seconds)
                 self._metrics.count("cold_bytes", later.size)
             for connection, stream_id in waiting:
-                if self._connections.get(connection.fileno()) is connection:
+                if self._connections.get(connection.fileno()) is not connection:
+                    continue
+                try:
                     if later.needed:
                         connection.go_on(stream_id)
                     else:
                         connection.resume(stream_id, now, refusal=refusal)
-                    self._turns.add(connection.guest.client, Event(connection))
+                except Exception:  # our bug: this connection ends, the worker lives
+                    _log.exception("bug: connection dropped")
+                    self._metrics.count("ended:bug")
+                    connection.shut()
+                    self._ended(connection)
+                    continue
+                self._turns.add(connection.guest.client, Event(connection))
 
     # --- being told ------------------------------------------------------------------------------------------------
 

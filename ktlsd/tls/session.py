@@ -15,6 +15,9 @@ from ktlsd.tls.records import MAX_PLAINTEXT, OutgoingRecords, rec_seq
 from ktlsd.tls.suites import Suite, suite_by_name
 
 _STEP: Final = 4 * MAX_PLAINTEXT  # bytes that OpenSSL encrypts in one call
+# A record has 16 KiB; what is much more and holds no plaintext are KeyUpdates, which nobody counts where there is no key log.
+_IDLE_INPUT_MAX: Final = 65_536  # bytes
+_HELD_OUT_MAX: Final = 65_536  # bytes of answers to them
 _VERSIONS: Final = {"TLSv1.2": uapi.TLS_1_2_VERSION, "TLSv1.3": uapi.TLS_1_3_VERSION}
 
 
@@ -43,6 +46,7 @@ class Session:
         "_client_hello",
         "_held_in",
         "_held_out",
+        "_idle_input",
         "_incoming",
         "_outgoing",
         "_records",
@@ -61,6 +65,7 @@ class Session:
         bios = bios or Bios()
         self._incoming = bios.incoming
         self._outgoing = bios.outgoing
+        self._idle_input = 0  # bytes that came since there was plaintext in them
         self._held_in = b""  # ciphertext that OpenSSL has not read: what came behind the client's Finished
         self._held_out = b""  # records that OpenSSL wrote by itself while it read
         self._ssl = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -203,6 +208,9 @@ class Session:
             raise _record_error(exc, self._take()) from exc
         finally:
             self._keep()
+        self._idle_input = 0 if plain else self._idle_input + len(ciphertext)
+        if self._idle_input > _IDLE_INPUT_MAX or len(self._held_out) > _HELD_OUT_MAX:
+            raise UnexpectedMessage("KeyUpdates, and nothing else")
         return plain
 
     def take_output(self) -> bytes:
@@ -221,8 +229,10 @@ class Session:
             for at in range(0, len(plaintext), _STEP):
                 self._ssl.write(plaintext[at : at + _STEP])
                 out.append(self._take())
-        except ssl.SSLError as exc:
+        except BaseException as exc:  # whatever it is: nothing may stay in what others use, too
             self._take()
+            if not isinstance(exc, ssl.SSLError):
+                raise
             raise RecordError(f"OpenSSL can't encrypt any more: {exc.reason}") from exc
         feed = self._records.feed
         for piece in out:

@@ -1,5 +1,6 @@
 """What one client may have, and what it costs the others: nothing."""
 
+import contextlib
 import socket
 import ssl
 import struct
@@ -284,3 +285,57 @@ def test_nobody_is_cut_for_what_we_hold_back(root, tmp_path):
         validate(Settings(root=str(root), limits=Limits(min_rate=1_000, bandwidth_per_connection=1_500)))
     validate(Settings(root=str(root), limits=Limits(min_rate=1_000, bandwidth_per_connection=2_000)))
     validate(Settings(root=str(root), limits=Limits(min_rate=None, bandwidth_per_connection=1)))
+
+
+def test_a_job_that_comes_back_when_a_client_is_too_slow_ends_no_worker(tmp_path):
+    """A hostile client: a download it doesn't take, and a wrong password just when that is noticed."""
+    from ktlsd.server.auth import hash_password
+    from ktlsd.settings import Rule, Settings
+    from tests.e2e.test_operating import basic
+
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/big").write_bytes(CONTENT)
+    (tmp_path / "users").write_text(f"anna:{hash_password('a')}\n")
+    rules = (Rule(path="/locked/**", auth=str(tmp_path / "users")),)
+    made = Settings(root=str(tmp_path / "root"), rule=rules)
+    limits = Limits(min_rate=1_000_000, min_rate_grace=0.2)
+    with ThreadServer(tmp_path / "root", None, limits=limits, settings=made) as server:
+        for pause in (0.1, 0.18, 0.2, 0.25, 0.38, 0.4, 0.42):
+            client = Http2Client(server.port, window=0, auto=False)
+            client.ask("/big")
+            end = time.monotonic() + pause
+            while time.monotonic() < end:
+                time.sleep(0.02)
+            with contextlib.suppress(OSError):  # it may have been cut already
+                for _ in range(3):
+                    client.ask("/locked/x", authorization=basic("anna", str(pause)))
+            time.sleep(0.3)
+            client.close()
+        other = Client(server.port)
+        assert other.get("/nothing").status == 404
+        other.close()
+        assert counted(server, "ended:bug") == 0
+
+
+def test_probes_are_answered_when_there_is_no_room_for_anybody_else(tmp_path):
+    import urllib.request
+
+    from tests.serving import program
+
+    (tmp_path / "root").mkdir()
+    pki.write(tmp_path)
+    (tmp_path / "k.toml").write_text(
+        'root = "root"\nworkers = 1\nlisten = ["127.0.0.1:0"]\n[tls]\ncert = "cert.pem"\nkey = "key.pem"\n'
+        '[limits]\nconnections = 3\n[metrics]\nlisten = ["127.0.0.1:0"]\n'
+    )
+    with program("--config", "k.toml", cwd=tmp_path) as server:
+        base = next(line for line in server.told if "/metrics" in line).split()[-1].removesuffix("/metrics")
+        held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(5)]
+        for _ in range(3):
+            assert urllib.request.urlopen(base + "/healthz", timeout=10).read() == b"ok\n"
+        for each in held:
+            each.close()
+        client = Client(server.port)
+        assert client.get("/nothing").status == 404
+        client.close()
+        assert server.stop() == 0

@@ -38,6 +38,10 @@ def test_who_does_not_listen_holds_nobody_up():
     while one.send("drain", 1.0):
         said += 1
     assert said > 10
-    assert len(other.receive()) == said
+    heard = 0
+    while got := other.receive():
+        assert len(got) <= 16, "not more at a time"
+        heard += len(got)
+    assert heard == said
     one.close()
     other.close()

@@ -124,6 +124,12 @@ def test_what_is_decided_elsewhere_counts_after_a_second(world, monkeypatch):
     assert not [each for each in world.hot._hot.values() if time.monotonic() < each.until]
 
 
+def test_a_long_request_is_not_kept(world):
+    for _ in range(3):
+        world.ask(x="y" * 2_000)
+    assert not world.hot._hot
+
+
 @pytest.mark.parametrize("lock", ["auth", "signed"])
 def test_what_not_everybody_may_have_is_never_kept(tmp_path, monkeypatch, lock):
     monkeypatch.setattr(module, "_SETTLED", 0.0)
