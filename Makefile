@@ -18,7 +18,7 @@ help:
 	@echo "make test                                  install what tests need and run all of them"
 	@echo "make lint                                  ruff and mypy"
 	@echo "make install [DESTDIR=]                    /opt/ktlsd and systemd units; docs/operations.md goes on from there"
-	@echo "make bench                                 what a GB costs; against SSLSocket.sendall; HTTP/2 against HTTP/1.1 and nginx"
+	@echo "make bench                                 ktlsd bench, and what a GB costs; against SSLSocket.sendall and nginx"
 
 serve: $(VENV)/.installed certs/localhost.pem $(if $(filter .sample,$(DIR)),.sample/SHA256SUMS)
 	@[ -d "$(DIR)" ] || { echo "make serve: DIR=$(DIR) is no directory" >&2; exit 2; }
@@ -33,8 +33,9 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What a GB costs here, and userspace mode against SSLSocket.sendall. `ktlsd bench` is to do more.
+# Ways of sending, both modes, nginx beside; then what a GB costs here, against SSLSocket.sendall, and HTTP/2 by streams.
 bench: $(VENV)/.installed-test tools
+	$(BIN)/ktlsd bench --against nginx
 	$(BIN)/python tests/measure.py cost
 	$(BIN)/python tests/measure.py sendall
 	$(BIN)/python tests/measure.py http2

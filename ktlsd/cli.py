@@ -88,7 +88,10 @@ def serve(config: str | None, *, check: bool, **flags: Any) -> None:
 
 
 def _announce(line: str) -> None:
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except OSError:
+        pass  # nobody reads it any more: no reason not to serve
 
 
 def _merge(settings: Settings, flags: dict[str, Any]) -> Settings:
@@ -248,6 +251,45 @@ def _metrics_address(config: str | None) -> str:
     if host in ("", "0.0.0.0", "::"):  # noqa: S104  # where it listens; asked is this machine
         host = "localhost"
     return f"http://{address_text(host, port)}/metrics"
+
+
+@main.command()
+@click.option("--quick", "mode", flag_value="quick", help="A quarter of a minute.")
+@click.option("--full", "mode", flag_value="full", help="More sizes, ciphers and rounds: many minutes.")
+@click.option("--against", metavar="NAMES", help="Servers to measure beside ktlsd, by commas: nginx,lighttpd,caddy,apache,…")
+@click.option("--json", metavar="FILE|-", help="Write the result with every sample; - is standard output.")
+@click.option("--html", metavar="FILE|-", help="Write a page with plots.")
+@click.option("--png", metavar="FILE|-", help="Write the plots (pip install 'ktlsd[bench]').")
+@click.option("--size", "sizes", metavar="BYTES", multiple=True, help="Size of a transfer, like 10k or 256M; may be repeated.")
+@click.option("--connections", metavar="N", type=click.IntRange(1, 10_000), multiple=True, help="At a time; may be repeated.")
+@click.option(
+    "--protocol", "protocols", type=click.Choice(["raw", "http/1.1", "h2"]), multiple=True, help="raw: ways of sending."
+)
+@click.option("--cipher", "ciphers", metavar="NAME", multiple=True, help='"TLSv1.3", "TLSv1.2 AES-128-GCM" and the like.')
+@click.option("--cold", is_flag=True, help="Also with files that are not in memory.")
+@click.option("--delay", "delay_ms", metavar="MS", type=click.FloatRange(0, 10_000), default=0.0, help="One way; needs root.")
+@click.option(
+    "--loss", "loss_percent", metavar="%", type=click.FloatRange(0, 90), default=0.0, help="Of all packets; needs root."
+)
+@click.option("--rounds", metavar="N", type=click.IntRange(1, 1000), help="Measurements of each, in turn.")
+@click.option("--folder", metavar="DIR", type=click.Path(exists=True, file_okay=False), help="Where files are put. [memory]")
+@click.option("--calibrate", is_flag=True, help="Find ktls.handover_bytes and ktls.framing for this machine.")
+@click.option("--print-config", metavar="NAME", help="Print the configuration a server would be measured with.")
+@click.option("--compare", metavar="A B", nargs=2, help="Show how one --json file stands to another.")
+@_errors_as_exit_status
+def bench(**asked: Any) -> None:
+    """Compare kernel and userspace TLS on this machine, and ktlsd with other servers.
+
+    Takes about a minute. Exit status 1 if something sent wrong bytes, too few, or fell back in silence.
+    """
+    from ktlsd.bench import command  # not wanted by a server
+
+    if asked["print_config"] is not None:
+        command.print_config(asked["print_config"])
+    elif asked["compare"] is not None:
+        command.compare(*asked["compare"])
+    else:
+        sys.exit(command.bench(**asked))
 
 
 @main.command()

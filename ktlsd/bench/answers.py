@@ -14,6 +14,7 @@ from hpack import Decoder, HPACKError
 from ktlsd.errors import KtlsdError
 
 Kind = Literal["raw", "http/1.1", "h2"]
+HttpKind = Literal["http/1.1", "h2"]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 WINDOW_MAX: Final = (1 << 31) - 1  # bytes, RFC 9113 §6.9.1

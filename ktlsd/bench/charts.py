@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ktlsd.bench import words
-from ktlsd.bench.report import Group
+from ktlsd.bench.report import Group, Row
 from ktlsd.bench.result import Tls
 from ktlsd.bench.stats import Interval
 
@@ -34,8 +34,10 @@ class BarChart:
     """Bars of one load."""
 
     title: str
-    better: str  # "more is better"
+    about: str  # the load
+    better: str  # "longer is better"
     bars: tuple[Bar, ...]
+    parts: str = ""  # what the parts of a bar are
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +72,15 @@ class LineChart:
 
 def throughput(group: Group) -> BarChart:
     """Return throughput by way, MB/s."""
-    bars = [Bar(f"{r.label}, {words.TLS[r.subject.tls]}", r.subject.tls, scaled(r.speed, 1e-6)) for r in group.rows if r.speed]
-    return BarChart(f"Throughput, MB/s: {group.title}", "longer is better", tuple(bars))
+    bars = [Bar(_label(r), r.subject.tls, scaled(r.speed, 1e-6)) for r in group.rows if r.speed]
+    return BarChart("Throughput, MB/s", group.title, "longer is better", tuple(bars))
 
 
 def cpu(group: Group) -> BarChart:
     """Return CPU time by way, seconds per GB."""
-    bars = [Bar(f"{r.label}, {words.TLS[r.subject.tls]}", r.subject.tls, r.cpu, r.user) for r in group.rows if r.cpu]
-    return BarChart(
-        f"CPU seconds per GB: {group.title}", "shorter is better; the darker part is user, the rest system", tuple(bars)
-    )
+    bars = [Bar(_label(r), r.subject.tls, r.cpu, r.user) for r in group.rows if r.cpu]
+    parts = "the darker part is user, the rest system"
+    return BarChart("CPU seconds per GB", group.title, "shorter is better", tuple(bars), parts)
 
 
 def against_size(together: Sequence[Group]) -> LineChart | None:
@@ -92,11 +93,16 @@ def against_size(together: Sequence[Group]) -> LineChart | None:
     for subject in dict.fromkeys(row.subject for _, row in rows):
         points = [(size, scaled(row.speed, 1e-6)) for size, row in rows if row.subject == subject and row.speed]
         points = [(size, speed) for size, speed in points if speed.low > 0]  # has no place on a logarithmic axis
-        label = next(row.label for _, row in rows if row.subject == subject)
+        label = max((_label(row) for _, row in rows if row.subject == subject), key=len)  # the one that says "not", if any does
         if points:
             number = sum(line.tls == subject.tls for line in lines)
-            lines.append(Line(f"{label}, {words.TLS[subject.tls]}", subject.tls, number, tuple(points)))
+            lines.append(Line(label, subject.tls, number, tuple(points)))
     return LineChart(f"Throughput against size: {words.condition(together[0].load)}", sizes, tuple(lines)) if lines else None
+
+
+def _label(row: Row) -> str:
+    """Return the name and who encrypts; and if that was not so, that it was not."""
+    return f"{row.label}, {'not ' if row.trouble else ''}{words.TLS[row.subject.tls]}"
 
 
 def scaled(figure: Interval, factor: float) -> Interval:

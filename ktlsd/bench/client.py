@@ -73,16 +73,18 @@ class Volley:
     def run(self) -> Outcome:
         """Ask, and take all answers. Raises WrongAnswer."""
         first = self._slots[0][0].ask_for
-        lasts: list[float] = []
+        spans: list[float] = []  # seconds of each slot
         errors: list[BaseException] = []
 
         def take(slot: list[Connection]) -> None:
+            end = idle = 0.0
             try:
                 for connection in slot:
                     connection.ask()
-                    last = connection.discard(self._wire)
+                    last, waited = connection.discard(self._wire)
                     connection.close()
-                lasts.append(last)
+                    end, idle = last + waited, idle + waited
+                spans.append(end - begin - idle)
             except BaseException as exc:
                 errors.append(exc)
 
@@ -96,7 +98,7 @@ class Volley:
         if errors:
             raise errors[0]
         count = sum(map(len, self._slots)) * first.streams
-        return Outcome(max(lasts) - begin, count * first.payload.size, count)
+        return Outcome(max(spans), count * first.payload.size, count)
 
 
 class Loop:

@@ -223,14 +223,16 @@ class Connection:
             least += -(-least // records.MAX_PLAINTEXT) * overhead + max(besides, 0)
         return Wire(self.wire, least - _SLACK, self.wire + self.wire // 16 + 4_096, self.version, self.cipher)
 
-    def discard(self, wire: Wire) -> float:
-        """Take an answer without looking at it; return when its last byte came (monotonic). Raises WrongAnswer."""
+    def discard(self, wire: Wire) -> tuple[float, float]:
+        """Take an answer without looking at it. Raises WrongAnswer.
+
+        Return when its last byte came (monotonic), and for how many seconds nothing more was waited for behind it: frames and
+        records may come out fewer than in the verified answer, and not every server ends its connection without being told.
+        """
         sock, sink, clock = self.sock, _sink, time.monotonic
         taken, last = self.wire, clock()
-        # Without the server's end of connection, what the verified one had is all; frames and records may come out fewer.
-        enough = wire.bytes if self.ask_for.kind == "h2" or not self.ask_for.closes else wire.most + 1
         waited = False
-        while taken < enough:
+        while taken < wire.bytes:
             try:
                 count = sock.recv_into(sink, _SINK, socket.MSG_TRUNC)
             except BlockingIOError:
@@ -244,14 +246,23 @@ class Connection:
             if not count:
                 break
             taken, last = taken + count, clock()
-            if not waited and wire.least <= taken < enough <= wire.bytes:
+            if not waited and wire.least <= taken < wire.bytes:
                 self._patience(_GRACE)
                 waited = True
+        idle = clock() - last
+        taken += self._too_much()
         if taken < wire.least:
             raise WrongAnswer(f"it ends after {taken} bytes of the wire; no encryption of the answer is below {wire.least}")
         if taken > wire.most:
             raise WrongAnswer(f"it sends {taken} bytes of the wire and more, with the same answer it was {wire.bytes} before")
-        return last
+        return last, idle
+
+    def _too_much(self) -> int:
+        """Return how many bytes more are here already."""
+        try:
+            return self.sock.recv_into(_sink, _SINK, socket.MSG_TRUNC | socket.MSG_DONTWAIT)
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """Hang up."""

@@ -5,6 +5,7 @@ what a receiver on the same machine copies out of its socket, comes to all ways 
 apart: it reads every byte and writes it somewhere else, so it is a copy that does something.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,10 +28,12 @@ _WAYS: Final[dict[tuple[str, Tls], Copies]] = {
     ("splice", "none"): Copies("0-1", 0, "as sendfile, through a pipe that holds references; two calls where sendfile has one"),
     ("zerocopy", "none"): Copies("0-1", 0, "the socket refers to our pages; on loopback the kernel copies them after all"),
     ("read+ssl_write", "userspace"): Copies(
-        "2", 1, "page cache to our buffer (read), encrypted into OpenSSL's record, record to the socket (write)"
+        "4", 1, "page cache to our buffer (read), encrypted into OpenSSL's record, record to its memory BIO, BIO to Python, "
+        "Python to the socket; 2 in a program that gives OpenSSL the socket",
     ),
     ("mmap+ssl_write", "userspace"): Copies(
-        "1", 1, "encrypted from the page cache's mapping into OpenSSL's record, record to the socket (write)"
+        "3", 1, "encrypted from the page cache's mapping into OpenSSL's record, record to its memory BIO, BIO to Python, "
+        "Python to the socket; 1 in a program that gives OpenSSL the socket",
     ),
     ("send", "kernel"): Copies(
         "1", 1, "page cache to our buffer (read), encrypted from there into the socket's pages (whole records are not copied)"
@@ -40,12 +43,15 @@ _WAYS: Final[dict[tuple[str, Tls], Copies]] = {
     ("sendmsg", "kernel"): Copies(
         "0", 1, "encrypted from the page cache's mapping into the socket's pages; page faults while the mapping is new"
     ),
+    ("vmsplice", "kernel"): Copies(
+        "0", 1, "encrypted from the page cache through a pipe that refers to its mapping; page faults while the mapping is new"
+    ),
 }  # fmt: skip
 
 # What ways are called, by the word in the name that tells: first match.
 _WORDS: Final = (
-    ("zerocopy", "zerocopy"), ("splice", "splice"), ("sendfile", "sendfile"), ("sendmsg", "sendmsg"), ("mapped", "sendmsg"),
-    ("mmap", "mmap"), ("read", "read"), ("send", "send"),
+    ("zerocopy", "zerocopy"), ("vmsplice", "vmsplice"), ("splice", "splice"), ("sendfile", "sendfile"), ("sendmsg", "sendmsg"),
+    ("mapped", "sendmsg"), ("mmap", "mmap"), ("read", "read"), ("send", "send"),
 )  # fmt: skip
 
 
@@ -60,3 +66,12 @@ def of(subject: Subject) -> Copies | None:
     elif word in ("mmap", "read"):
         word += "+ssl_write" if subject.tls == "userspace" else "+write"
     return _WAYS.get((word, subject.tls))
+
+
+def told(subjects: Iterable[Subject]) -> list[tuple[str, Tls, Copies]]:
+    """Return the ways among these with what they copy; those that differ in their name alone are one."""
+    found: dict[tuple[Tls, Copies], dict[str, None]] = {}
+    for subject in subjects:
+        if known := of(subject):
+            found.setdefault((subject.tls, known), {})[subject.name] = None
+    return [(", ".join(names), tls, known) for (tls, known), names in found.items()]

@@ -16,7 +16,7 @@ _WIDTH: Final = 15.0  # inches
 _DPI: Final = 110
 _BAR: Final = 0.3  # inches from bar to bar
 _LINES: Final = 5.0  # inches of a plot against size
-_HEAD: Final = 1.3  # inches for what is above and below
+_HEAD: Final = 1.9  # inches for what is above and below
 _MOST: Final = 8  # conditions; the HTML page has all
 _INK: Final = "#1f2328"
 _SOFT: Final = "#59636e"
@@ -28,51 +28,57 @@ _MARKERS: Final = "os^Dv"
 def render(result: Result) -> bytes:
     """Return a PNG. Raises StartError if matplotlib is not installed."""
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as exc:
         raise StartError(f"bench --png needs matplotlib ({exc}): pip install 'ktlsd[bench]'") from exc
     conditions = report.conditions(report.groups(result))
-    drawn = conditions[:_MOST]
-    heights: list[float] = []
-    for together in drawn:
-        heights.append(1.1 + _BAR * len(together[-1].rows))
-        if charts.against_size(together):
-            heights.append(_LINES)
-    figure = Figure(
-        figsize=(_WIDTH, _HEAD + 0.6 + sum(heights)), dpi=_DPI, facecolor="white", layout=ConstrainedLayoutEngine(h_pad=0.12)
-    )
-    FigureCanvasAgg(figure)
-    question = verdicts.findings(result)[0]
-    figure.suptitle(fill(f"{question.question} {question.answer}", 130), x=0.01, ha="left", fontsize=13, color=_INK)
-    figure.supxlabel(fill(_foot(result, len(conditions) - len(drawn)), 200), x=0.01, ha="left", fontsize=9, color=_SOFT)
-    if drawn:
-        grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-        row = 0
-        for together in drawn:
-            _pair(figure, (grid[row, 0], grid[row, 1]), together[-1])
-            row += 1
-            if chart := charts.against_size(together):
-                _lines(figure.add_subplot(grid[row, :]), chart)
-                row += 1
-    else:
-        figure.text(0.5, 0.5, "Nothing was measured.", ha="center", fontsize=14, color=_INK)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
+    heights = [height for together in conditions[:_MOST] for height in _heights(together)]
+    with rc_context({"text.parse_math": False}):  # a dollar sign is no formula
+        size = (_WIDTH, _HEAD + sum(heights))
+        figure = Figure(size, _DPI, facecolor="white", layout=ConstrainedLayoutEngine(h_pad=0.12))
+        FigureCanvasAgg(figure)
+        _fill(figure, result, conditions, heights)
+        out = io.BytesIO()
+        figure.savefig(out, format="png")
     return out.getvalue()
+
+
+def _heights(together: list["Group"]) -> list[float]:
+    """Return the inches of a condition's rows of plots: bars, and lines where there are several sizes."""
+    return [1.1 + _BAR * len(together[-1].rows)] + [_LINES] * (charts.against_size(together) is not None)
+
+
+def _fill(figure: Any, result: Result, conditions: list[list["Group"]], heights: list[float]) -> None:
+    answered = verdicts.findings(result)[0]
+    title = words.printable(f"{answered.question} {answered.answer}")
+    figure.suptitle(fill(title, 130), x=0.01, ha="left", fontsize=13, color=_INK)
+    left_out = max(0, len(conditions) - _MOST)
+    figure.supxlabel(fill(_foot(result, left_out), 200), x=0.01, ha="left", fontsize=9, color=_SOFT)
+    if not conditions:
+        figure.text(0.5, 0.5, "Nothing was measured.", ha="center", fontsize=14, color=_INK)
+        return
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    row = 0
+    for together in conditions[:_MOST]:
+        _pair(figure, (grid[row, 0], grid[row, 1]), together[-1])
+        row += 1
+        if chart := charts.against_size(together):
+            _lines(figure.add_subplot(grid[row, :]), chart)
+            row += 1
 
 
 def _foot(result: Result, left_out: int) -> str:
     machine = result.machine
     parts = [f"{result.began}, {machine.system}{f' ({machine.virtual})' if machine.virtual else ''}, {machine.cpu}."]
-    parts.append(report.intervals(report.groups(result)))
+    parts += [*verdicts.virtual(machine.virtual), report.intervals(report.groups(result))]
     if result.failures:
         parts.append(f"Failed: {', '.join(dict.fromkeys(failure.subject.name for failure in result.failures))}.")
     if left_out:
         parts.append(f"{left_out} more conditions are on the HTML page.")
-    # A dollar sign would begin a formula.
-    return " ".join(part for part in parts if part).replace("$", r"\$")
+    return words.printable(" ".join(part for part in parts if part))
 
 
 def _pair(figure: Any, places: tuple[Any, Any], group: "Group") -> None:
@@ -83,7 +89,7 @@ def _pair(figure: Any, places: tuple[Any, Any], group: "Group") -> None:
 
 
 def _bars(axes: Any, chart: BarChart, *, labels: bool) -> None:
-    _plain(axes, chart.title, chart.better)
+    _plain(axes, f"{chart.title} ({chart.better})", chart.parts or chart.about)
     highest = max((bar.figure.high for bar in chart.bars), default=0) or 1.0
     for number, bar in enumerate(chart.bars):
         colour, found = charts.COLOURS[bar.tls], bar.figure
@@ -94,7 +100,7 @@ def _bars(axes: Any, chart: BarChart, *, labels: bool) -> None:
         axes.errorbar(found.middle, number, xerr=around, color=_INK, capsize=3, linewidth=1.2)
         shown = f"{words.figure(found.middle)} ({words.figure(found.low)} to {words.figure(found.high)})"
         axes.annotate(shown, (found.high, number), (6, 0), textcoords="offset points", va="center", fontsize=9, color=_INK)
-    names = [bar.label.replace("$", r"\$") if labels else "" for bar in chart.bars]
+    names = [bar.label if labels else "" for bar in chart.bars]
     axes.set_yticks(range(len(chart.bars)), names, fontsize=10, color=_INK)
     axes.invert_yaxis()
     axes.set_xlim(0, highest * 1.45)  # room for the figures
@@ -133,15 +139,17 @@ def _label(axes: Any, chart: LineChart) -> None:
     places = charts.apart([end[1] for end in ends], 0.052, 0.0, 1.0)
     for line, end, place in zip(chart.lines, ends, places, strict=True):
         axes.annotate(
-            line.label.replace("$", r"\$"), end, (1.02, place), xycoords="axes fraction", textcoords="axes fraction",
+            line.label, end, (1.02, place), xycoords="axes fraction", textcoords="axes fraction",
             va="center", fontsize=10, color=charts.COLOURS[line.tls], annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": _SOFT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 5, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
-def _plain(axes: Any, title: str, better: str) -> None:
-    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=11, fontweight="bold", color=_INK, pad=20)
-    axes.annotate(better, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_SOFT)
+def _plain(axes: Any, title: str, below: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK, pad=20)
+    axes.annotate(
+        below, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_SOFT, in_layout=False
+    )
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)

@@ -19,7 +19,6 @@ def render(result: Result) -> str:
     source = resources.files("ktlsd.bench").joinpath(_TEMPLATE).read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     found = report.groups(result)
-    ways = dict.fromkeys((r.subject.name, r.subject.tls, copies.of(r.subject)) for group in found for r in group.rows)
     return environment.from_string(source).render(
         result=result,
         findings=verdicts.findings(result),
@@ -41,7 +40,7 @@ def render(result: Result) -> str:
             for together in report.conditions(found)
         ],
         legend=f"{report.LEGEND} {report.intervals(found)}",
-        copies=[(name, words.TLS[tls], known) for name, tls, known in ways if known],
+        copies=copies.told(row.subject for group in found for row in group.rows),
         facts=report_text.machine_facts(result.machine),
         programs=list(dict.fromkeys(s.subject.program for s in result.samples if s.subject.program)),
         samples=result.samples,

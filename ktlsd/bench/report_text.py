@@ -45,7 +45,7 @@ def render(result: Result, width: int = _NARROWEST) -> str:
     for finding in verdicts.findings(result):
         lines += ["", *_fill(finding.question, width), *_fill(finding.answer, width, indent="  ")]
         lines += chain.from_iterable(_fill(point, width, indent="    ", first="  - ") for point in finding.points)
-    return _printable(lines)
+    return _text(lines)
 
 
 def compare(a: Result, b: Result, width: int = _NARROWEST) -> str:
@@ -67,7 +67,7 @@ def compare(a: Result, b: Result, width: int = _NARROWEST) -> str:
         for load, subject in (key for key in one if key not in other):
             alone.setdefault(_named(subject), []).append(words.load(load))
         lines += _list(f"Only in {name}", [f"{who}: {'; '.join(loads)}" for who, loads in alone.items()], width)
-    return _printable(lines)
+    return _text(lines)
 
 
 # --- parts of the report ---
@@ -143,12 +143,11 @@ def _ratio(row: Row, *, wide: bool) -> str:
 
 
 def _copies(found: list[Group], width: int) -> Iterable[str]:
-    ways = dict.fromkeys(row.subject for group in found for row in group.rows if row.subject.protocol == "raw")
-    told = dict.fromkeys((s.name, s.tls, known) for s in ways if (known := copies.of(s)))
-    if told:
+    ways = copies.told(row.subject for group in found for row in group.rows)
+    if ways:
         yield ""
         yield "Copies of each byte by the sender's CPU (known, not measured):"
-    for name, tls, known in told:
+    for name, tls, known in ways:
         passes = " + encryption" if known.encryptions else ""
         yield from _fill(f"{name}, {words.TLS[tls]}: {known.copies}{passes}: {known.why}.", width, indent="    ", first="  ")
 
@@ -238,6 +237,5 @@ def _fill(text: str, width: int, *, indent: str = "", first: str | None = None) 
     )  # fmt: skip
 
 
-def _printable(lines: Iterable[str]) -> str:
-    """Join the lines; what a result from elsewhere could do to a terminal is replaced."""
-    return "".join("".join(c if c.isprintable() else "\ufffd" for c in line) + "\n" for line in lines)
+def _text(lines: Iterable[str]) -> str:
+    return "".join(words.printable(line) + "\n" for line in lines)

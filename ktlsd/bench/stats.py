@@ -92,7 +92,7 @@ def verdict(ratio: Interval | None, *, less_is_better: bool = False) -> Verdict:
     if not ratio.promised:
         near, far = (ratio.low, ratio.high) if ratio.low > 1 else (ratio.high, ratio.low)
         # near / 1 against far / near, without logarithms: a ratio can be 0.
-        if (near * near <= far) if near > 1 else (near * near >= far):
+        if (near * near <= far) if near > 1 else (near * near >= far and near > 0):
             return Verdict.OPEN
     return Verdict.BETTER if (ratio.low > 1) != less_is_better else Verdict.WORSE
 

@@ -47,7 +47,7 @@ def bars(chart: BarChart) -> Markup:
         f = bar.figure
         shown = f"{words.figure(f.middle)} ({words.figure(f.low)} to {words.figure(f.high)})"
         parts.append(_text(high + 8, middle + 4.5, shown, "start"))
-    return _drawing(chart.title, bottom + _FOOT, parts)
+    return _drawing(f"{chart.title}: {chart.about}", bottom + _FOOT, parts)
 
 
 def lines(chart: LineChart) -> Markup:

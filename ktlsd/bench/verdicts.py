@@ -246,7 +246,7 @@ def _score(every: list[Match]) -> str:
 def cautions(result: Result) -> list[str]:
     """Return what makes the figures say less than they seem to."""
     found = report.groups(result)
-    said = [*_virtual(result.machine.virtual)]
+    said = [*virtual(result.machine.virtual)]
     said += [f"{_who(group, row)}: {row.trouble}." for group, row in _rows(found) if row.trouble]
     for ask, what in _DOUBTS:
         said += _summed(found, what, ask)
@@ -256,15 +256,16 @@ def cautions(result: Result) -> list[str]:
     return said
 
 
-def _virtual(virtual: str) -> Iterable[str]:
-    if "user mode linux" in virtual.lower() or virtual.lower() == "uml":
+def virtual(kind: str) -> Iterable[str]:
+    """Yield what measuring in a virtual machine of this kind (`Machine.virtual`) does to the figures."""
+    if "user mode linux" in kind.lower() or kind.lower() == "uml":
         yield (
-            f"Measured under {virtual}: system calls, page faults and copies between user and kernel cost several times what "
+            f"Measured under {kind}: system calls, page faults and copies between user and kernel cost several times what "
             "they cost on hardware, so the gain of kernel TLS is overstated, and all CPU time counts as system time. Ratios of "
             "bulk transfers carry over in their order; absolute figures and rates of small requests don't."
         )
-    elif virtual:
-        yield f"Measured in {virtual}: neighbours share the machine, and its network and clock may not be what hardware has."
+    elif kind:
+        yield f"Measured in {kind}: neighbours share the machine, and its network and clock may not be what hardware has."
 
 
 def _rows(found: list[Group]) -> Iterable[tuple[Group, Row]]:

@@ -85,6 +85,11 @@ def load(asked: Load) -> str:
     return f"{size(asked.size)}, {condition(asked)}"
 
 
+def printable(text: str) -> str:
+    """Return the text with what a result from elsewhere could do to a terminal replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 class Labels:
     """What subjects are called where these are together: the name, and of the rest what tells them apart.
 
@@ -116,7 +121,7 @@ class Labels:
         twins = [s for s in self._together if self._key(s) == self._key(subject) and s != subject]
         if any(s.program != subject.program for s in twins):
             label += f" [{subject.program or 'no program named'}]"
-        return f"{label}, {TLS[subject.tls]}" if tls else label
+        return printable(f"{label}, {TLS[subject.tls]}" if tls else label)
 
     @staticmethod
     def _key(subject: Subject) -> tuple[str, ...]:
