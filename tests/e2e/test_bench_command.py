@@ -1,0 +1,54 @@
+"""`ktlsd bench` on the command line: what it refuses before it measures, and what it shows of what was measured."""
+
+import json
+
+import msgspec
+import pytest
+
+from ktlsd.bench.result import SCHEMA, Load, Machine, Result, Sample, Subject
+from tests.e2e.test_program import ktlsd
+
+
+def sample(name, number, seconds):
+    subject = Subject(name, "userspace", "http/1.1", "TLSv1.3")
+    return Sample(subject, Load(1 << 20), number, seconds, 1 << 20, 1, 0.01, 0.01, 10, 10, 0, 1 << 20)
+
+
+def result(path, *, factor=1.0, schema=SCHEMA):
+    machine = Machine("Linux", "a processor", 2, 1 << 30, "", {}, "3.11", "OpenSSL 3", "0.1.0")
+    samples = [sample(name, number, 0.1 * factor) for number in range(9) for name in ("ktlsd", "nginx")]
+    path.write_bytes(msgspec.json.encode(Result(schema, "2026-11-21T00:00:00Z", ["ktlsd", "bench"], machine, samples)))
+    return str(path)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--against", "iis"], "'iis' is no server that can be measured; there are nginx, "),
+    (["--print-config", "iis"], "'iis' is no server that can be measured"),
+    (["--size", "10x"], "--size: '10x' is no size like 4096, 10k, 256M or 1G"),
+    (["--size", "0"], "--size: '0' is no size"),
+    (["--json", "no/such/folder/a.json"], "there is no such folder; create it"),
+    (["--compare", "a.json", "nothing.json"], "nothing.json: cannot be read"),
+    (["--compare", "a.json", "b.json"], "b.json: is no result of ktlsd bench --json"),
+    (["--compare", "a.json", "c.json"], "c.json: was written by another version"),
+])  # fmt: skip
+def test_misuse_is_told_before_a_minute_is_spent(tmp_path, arguments, says):
+    result(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text(json.dumps({"hello": 1}))
+    result(tmp_path / "c.json", schema=99)
+    done = ktlsd("bench", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert says in done.stderr
+
+
+def test_two_results_are_compared(tmp_path):
+    result(tmp_path / "a.json")
+    result(tmp_path / "b.json", factor=2.0)
+    done = ktlsd("bench", "--compare", "a.json", "b.json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "0.5" in done.stdout
+
+
+def test_a_peer_s_configuration_can_be_looked_at(tmp_path):
+    done = ktlsd("bench", "--print-config", "nginx", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "sendfile on;" in done.stdout
