@@ -49,6 +49,7 @@ JOB = """\
 [Unit]
 DefaultDependencies=no
 After=sysinit.target
+FailureAction=poweroff-force
 [Service]
 Type=oneshot
 TimeoutStartSec=infinity
@@ -98,7 +99,7 @@ def loopback_up():
         fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", IFF_UP))
 
 
-def become_systemd(program):
+def become_systemd(program, work):
     units = Path("/etc/systemd/system")
     units.mkdir(parents=True, exist_ok=True)
     for name in MASKED:
@@ -115,7 +116,11 @@ def become_systemd(program):
         Path(name).unlink(missing_ok=True)
     Path("/etc/fstab").write_text("")
     Path("/etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
-    mount("tmpfs", "/tmp", "tmpfs", "mode=1777")
+    if any(path.startswith("/tmp/") for path in (__file__, work["cwd"], *work["command"])):
+        Path("/etc/tmpfiles.d").mkdir(exist_ok=True)
+        Path("/etc/tmpfiles.d/tmp.conf").symlink_to("/dev/null")  # or systemd would empty /tmp at its start
+    else:
+        mount("tmpfs", "/tmp", "tmpfs", "mode=1777")
     os.chdir("/")
     os.execv(program, [program, "--unit=ktlsd-uml.target", "--show-status=0", "--log-target=journal-or-kmsg"])
 
@@ -135,7 +140,7 @@ def main():
     loopback_up()
     work = read_work()
     if work["systemd"]:
-        become_systemd(work["systemd"])
+        become_systemd(work["systemd"], work)
     run_job(work)
 
 

@@ -20,7 +20,9 @@ HEADER, LAST = b"--head--h", b"==last==l"
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("framed") / "file"
     path.write_bytes(CONTENT)
-    return OpenFile(os.open(path, os.O_RDONLY), SIZE, 0)
+    made = OpenFile(os.open(path, os.O_RDONLY), SIZE, 0)
+    made.residency.asks = False  # whatever the page cache does meanwhile
+    return made
 
 
 def plain(offset, length, step):

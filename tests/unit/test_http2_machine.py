@@ -31,6 +31,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(window=st.sampled_from([0, 1, 100, 65_535, 1 << 20]), frame=st.sampled_from([16_384, 40_000, 1 << 20]))
     def begin(self, window, frame):
         self.file = OpenFile(_FILE.fileno(), SIZE, 0, close_fd=lambda _: None)
+        self.file.residency.asks = False  # whatever the page cache does meanwhile
         self.client = H2Connection(H2Configuration(client_side=True, header_encoding=None))
         # Said with the first SETTINGS and acknowledged here: h2 takes that for the acknowledgement of the next change.
         values = {SettingCodes.INITIAL_WINDOW_SIZE: window, SettingCodes.MAX_FRAME_SIZE: frame}
