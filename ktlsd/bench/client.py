@@ -22,6 +22,7 @@ from ktlsd.bench import answers
 from ktlsd.bench.answers import Http2Counter, WrongAnswer
 from ktlsd.bench.connection import Ask, Connection, Wire
 
+_HEAD_MAX: Final = 16_384  # bytes
 SMALL: Final = 65_536  # bytes; files up to here are asked for again and again on a connection that stays
 
 
@@ -104,13 +105,15 @@ class Volley:
 class Loop:
     """The same small file again and again on connections that stay; every answer is decrypted, over HTTP/1.1 compared too.
 
-    All connections ask, then all answers are taken, and so on: one request (with HTTP/2 `streams`) is on each at any time.
+    On each connection there is one request (with HTTP/2 `streams`) at any time: whoever has been answered asks again, so that
+    the server has something to do while we decrypt.
     """
 
     def __init__(self, asks: Sequence[Ask], wire: Wire) -> None:
         """Open the connections. Raises NotMeasurable."""
         self._connections: list[Connection] = []
         self._content = asks[0].payload.path.read_bytes()
+        self._end = b"\r\n\r\n" + self._content
         self._first = asks[0]
         self._stream = 1  # the next one on every connection
         try:
@@ -128,34 +131,46 @@ class Loop:
             connection.close()
 
     def run(self, seconds: float, most: int = 1 << 30) -> Outcome:
-        """Ask for so long, or so many times on each connection. Raises WrongAnswer."""
-        first, done = self._first, 0
+        """Ask for so long, at most so many times on each connection. Raises WrongAnswer."""
+        first, connections, done = self._first, self._connections, 0
         take = self._http2 if first.kind == "h2" else self._http1
         begin = now = time.monotonic()
-        while now - begin < seconds and done < most:
-            for connection in self._connections:
-                if first.kind == "h2":
-                    connection.send(answers.http2_requests(first.payload.name, first.streams, self._stream))
-                else:
-                    connection.ask()
-            for connection in self._connections:
-                take(connection)
-            self._stream += 2 * first.streams
+        request = self._request()
+        for connection in connections:
+            connection.send(request)
+        while True:
             done += 1
+            last = now - begin >= seconds or done >= most
+            request = b"" if last else self._request()
+            for connection in connections:
+                take(connection)
+                if request:
+                    connection.send(request)
             now = time.monotonic()
-        count = done * len(self._connections) * first.streams
+            if last:
+                break
+        count = done * len(connections) * first.streams
         return Outcome(now - begin, count * first.payload.size, count)
+
+    def _request(self) -> bytes:
+        first = self._first
+        if first.kind != "h2":
+            return answers.http1_request(first.payload.name, closes=False)
+        self._stream += 2 * first.streams
+        return answers.http2_requests(first.payload.name, first.streams, self._stream - 2 * first.streams)
 
     def _http1(self, connection: Connection) -> None:
         content = self._content
         answer = connection.read()
-        while (end := answer.find(b"\r\n\r\n")) < 0 or len(answer) < end + 4 + len(content):
+        while not answer.endswith(content):
+            if len(answer) > len(content) + _HEAD_MAX or b"\r\n\r\n" in answer[: -len(content)]:
+                break
             more = connection.read()
             if not more:
                 raise WrongAnswer(f"it hangs up after {len(answer)} bytes of an answer")
             answer += more
-        if not answer.startswith(b"HTTP/1.1 200") or answer[end + 4 :] != content:
-            raise WrongAnswer(f"it answers something else: {answer[:40]!r}, {len(answer) - end - 4} bytes of body")
+        if answer[:12] != b"HTTP/1.1 200" or answer[-len(content) - 4 :] != self._end:
+            raise WrongAnswer(f"it answers something else: {answer[:40]!r}, {len(answer)} bytes with the header")
 
     def _http2(self, connection: Connection) -> None:
         counter = Http2Counter(self._first.payload.size, self._first.streams)

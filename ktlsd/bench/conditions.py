@@ -1,13 +1,12 @@
-"""What a measurement stands on: files of noise, a page cache that is warm or cold, a network with delay and loss."""
+"""What a measurement stands on: a folder, files of noise, a page cache that is warm or cold."""
 
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import os
 import shutil
-import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -18,9 +17,8 @@ from ktlsd.net.residency import PAGE
 _BLOCK: Final = 1 << 20
 _SHM: Final = Path("/dev/shm")  # noqa: S108  # a tmpfs on every Linux
 _SPARE: Final = 512 << 20  # bytes of memory that others shall keep
-_CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
-_QUEUE: Final = 1_000_000  # packets netem holds; its own limit of 1,000 would drop what is only on its way
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+_TRIES, _TICK = 20, 0.05  # seconds; pages that have just been in use stay for a moment
+_ELSEWHERE: Final = "Is it tmpfs? Name another folder"
 
 
 def now() -> str:
@@ -85,58 +83,38 @@ def make_payload(root: Path, size: int) -> Payload:
 # --- the page cache ----------------------------------------------------------------------------------------------------
 
 
-def evict(payload: Payload) -> None:
-    """Take the file out of the page cache. Raises NotMeasurable if it stays there, as on tmpfs, or if nobody can tell."""
-    where = payload.path.parent
-    with payload.path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        probe = memoryview(bytearray(1))
-        for offset in {0, payload.size // 2 // PAGE * PAGE, payload.size - 1}:
-            try:
-                os.preadv(file.fileno(), [probe], offset, os.RWF_NOWAIT)
-            except BlockingIOError:
-                continue
-            except OSError as exc:
-                raise NotMeasurable(f"no cold cache in {where}: {exc.strerror}. Is it tmpfs? Name another folder") from exc
-            raise NotMeasurable(f"no cold cache in {where}: the file stays in memory. Is it tmpfs? Name another folder")
-
-
-# --- the network -------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def network(delay_ms: float, loss_percent: float) -> Iterator[None]:
-    """Be in a network namespace of our own, whose loopback delays (each way) and loses; processes started from here on too.
+def cold(payload: Payload) -> Iterator[Payload]:
+    """Make a copy that is not in the page cache: the file itself may be mapped by a server, and then it stays.
 
-    Only the calling thread is moved, and moved back at the end. Raises NotMeasurable: not root, no tools, no netem.
+    Raises NotMeasurable if a copy stays too, as on tmpfs, or if nobody can tell.
     """
-    if not delay_ms and not loss_percent:
-        yield
-        return
-    if os.geteuid() != 0:
-        raise NotMeasurable("delay and loss need root: a network namespace and netem")
-    tools = [shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") for tool in ("ip", "tc")]
-    ip, tc = (tool or "" for tool in tools)
-    if not ip or not tc:
-        raise NotMeasurable("delay and loss need `ip` and `tc`: apt-get install iproute2")
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    path = payload.path.with_name(f"cold-{payload.name}")
+    shutil.copyfile(payload.path, path)
     try:
-        if _libc.unshare(_CLONE_NEWNET):
-            raise NotMeasurable(f"no network namespace: {os.strerror(ctypes.get_errno())}")
-        try:
-            # Packets as they are on a wire: netem loses what it is given whole, which on loopback would be 64 KiB.
-            _run(ip, "link", "set", "dev", "lo", "mtu", "1500", "gso_max_segs", "1", "up")
-            netem = ["delay", f"{delay_ms}ms"] if delay_ms else []
-            netem += ["loss", f"{loss_percent}%"] if loss_percent else []
-            _run(tc, "qdisc", "add", "dev", "lo", "root", "netem", "limit", str(_QUEUE), *netem)
-            yield
-        finally:
-            _libc.setns(home, _CLONE_NEWNET)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            for _ in range(_TRIES):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if not _in_memory(file.fileno(), payload):
+                    break
+                time.sleep(_TICK)
+            else:
+                raise NotMeasurable(f"no cold cache in {payload.path.parent}: a file stays in memory. {_ELSEWHERE}")
+        yield Payload(path, path.name, payload.size, payload.digest)
     finally:
-        os.close(home)
+        path.unlink()
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # ours
-    if done.returncode:
-        raise NotMeasurable(f"{' '.join(command[:1] + command[2:4])}: {done.stderr.strip().splitlines()[0]}")
+def _in_memory(fd: int, payload: Payload) -> bool:
+    """Whether one of three pages is: the first, the last, one in the middle."""
+    probe = memoryview(bytearray(1))
+    for offset in {0, payload.size // 2 // PAGE * PAGE, payload.size - 1}:
+        try:
+            os.preadv(fd, [probe], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except OSError as exc:
+            raise NotMeasurable(f"no cold cache in {payload.path.parent}: {exc.strerror}. {_ELSEWHERE}") from exc
+        return True
+    return False

@@ -5,6 +5,7 @@ Nothing that does wrong is ever a sample: WrongAnswer goes to whoever asked, who
 
 import abc
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,8 +16,9 @@ from msgspec.structs import replace
 from ktlsd.bench import client, usage
 from ktlsd.bench.answers import HttpKind, NotMeasurable, Payload, WrongAnswer
 from ktlsd.bench.client import SMALL, Loop, Outcome, Volley
-from ktlsd.bench.conditions import evict
+from ktlsd.bench.conditions import cold
 from ktlsd.bench.connection import Ask, Wire
+from ktlsd.bench.network import LOOPBACK, Network
 from ktlsd.bench.result import Load, Sample, Subject
 from ktlsd.bench.servers import Server
 from ktlsd.bench.usage import TLS_STAT, Usage, calls_of, handed_over
@@ -99,10 +101,14 @@ class Contender(abc.ABC):
         return load.size <= SMALL and self.subject.protocol != "raw" and not self.alone and not load.cold
 
     def _measure(self, payload: Payload, load: Load, seconds: float) -> tuple[Outcome, Usage, bool | None]:
+        if load.cold:
+            with cold(payload) as copy:
+                return self._measure_once(copy, load, seconds)
+        return self._measure_once(payload, load, seconds)
+
+    def _measure_once(self, payload: Payload, load: Load, seconds: float) -> tuple[Outcome, Usage, bool | None]:
         each = self._each.get(load, 1)
         with self.attend(payload, load, each) as there:
-            if load.cold:
-                evict(payload)
             before = handed_over(self._tls_stat)
             with self._load(there, load, each) as work:
                 there.start()
@@ -168,8 +174,9 @@ class Contender(abc.ABC):
 class WayContender(Contender):
     """A way of sending: a sender process for every connection at a time, new for every sample."""
 
-    def __init__(self, way: Way, secrets: Secrets | None, tls_stat: Path = TLS_STAT) -> None:
+    def __init__(self, way: Way, secrets: Secrets | None, *, network: Network = LOOPBACK, tls_stat: Path = TLS_STAT) -> None:
         self._way = way
+        self._network = network
         self._secrets = secrets if way.tls != "none" else None
         version, cipher = (self._secrets.version, self._secrets.cipher) if self._secrets else ("", "")
         super().__init__(Subject(way.name, way.tls, "raw", version, cipher), tls_stat)
@@ -180,7 +187,7 @@ class WayContender(Contender):
         senders: list[Sender] = []
         try:
             for _ in range(load.connections):
-                senders.append(Sender(self._way, payload, self._secrets, each))  # noqa: PERF401  # those that are there end too
+                senders.append(Sender(self._way, payload, self._secrets, each, host=self._network.host))  # noqa: PERF401  # those that are there end too
             yield _Senders(senders, self._ask(payload))
         except (NotMeasurable, WrongAnswer) as seen:
             for sender in senders:
@@ -192,13 +199,13 @@ class WayContender(Contender):
 
     def _ask(self, payload: Payload) -> Ask:
         version, cipher = (self._secrets.version, self._secrets.cipher) if self._secrets else ("", "")
-        return Ask(0, payload, "raw", version, cipher)
+        return Ask(0, payload, "raw", version, cipher, network=self._network)
 
 
 class _Senders:
     def __init__(self, senders: list[Sender], ask: Ask) -> None:
         self._senders = senders
-        self.asks: Sequence[Ask] = [Ask(sender.port, ask.payload, ask.kind, ask.version, ask.cipher) for sender in senders]
+        self.asks: Sequence[Ask] = [dataclasses.replace(ask, port=sender.port) for sender in senders]
 
     def pids(self) -> list[int]:
         return [sender.pid for sender in self._senders]
@@ -228,15 +235,9 @@ class ServerContender(Contender):
     def attend(self, payload: Payload, load: Load, each: int) -> Iterator[Attendance]:
         """It is there already."""
         version, cipher = self._asked
-        ask = Ask(
-            self.server.port,
-            payload,
-            self.subject.protocol,
-            version,
-            cipher,
-            load.streams,
-            self.closes and not self._loops(load),
-        )
+        closes = self.closes and not self._loops(load)
+        kind, network = self.subject.protocol, self.server.network
+        ask = Ask(self.server.port, payload, kind, version, cipher, load.streams, closes, network)
         try:
             yield _Served(self.server, [ask] * load.connections)
         except (NotMeasurable, WrongAnswer):

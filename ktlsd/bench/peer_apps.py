@@ -51,5 +51,5 @@ try:
     loop = uvloop.new_event_loop()
 except ImportError:
     loop = None
-web.run_app(app, host="127.0.0.1", port={port}, ssl_context=context, access_log=None, keepalive_timeout=3600, loop=loop)
+web.run_app(app, host={host!r}, port={port}, ssl_context=context, access_log=None, keepalive_timeout=3600, loop=loop)
 """

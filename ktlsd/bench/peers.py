@@ -62,9 +62,9 @@ class Peer:
 
 
 def _nginx(wanted: Wanted) -> str:
-    place, port = wanted.place, wanted.port
+    place, address = wanted.place, f"{wanted.place.network.host}:{wanted.port}"
     numbers = tuple(int(part) for part in re.findall(r"\d+", wanted.version)[:3])
-    http2 = f"listen 127.0.0.1:{port} ssl;\n    http2 on;" if numbers >= (1, 25, 1) else f"listen 127.0.0.1:{port} ssl http2;"
+    http2 = f"listen {address} ssl;\n    http2 on;" if numbers >= (1, 25, 1) else f"listen {address} ssl http2;"
     return f"""\
 worker_processes 1;
 pid {place.folder}/nginx.pid;
@@ -106,7 +106,7 @@ def _lighttpd(wanted: Wanted) -> str:
     return f"""\
 server.modules = ("mod_openssl")
 server.document-root = "{place.root}"
-server.bind = "127.0.0.1"
+server.bind = "{place.network.host}"
 server.port = {wanted.port}
 server.errorlog = "{place.folder}/lighttpd-error.log"
 server.max-worker = 0                          # one process that does everything
@@ -130,7 +130,7 @@ def _apache(wanted: Wanted) -> str:
     return f"""\
 ServerRoot "{place.folder}"
 ServerName localhost
-Listen 127.0.0.1:{wanted.port}
+Listen {place.network.host}:{wanted.port}
 PidFile "{place.folder}/apache.pid"
 DefaultRuntimeDir "{place.folder}"
 ErrorLog "{place.folder}/apache-error.log"
@@ -156,7 +156,7 @@ RequestReadTimeout header=0 body=0
 SSLEngine On
 SSLCertificateFile "{place.cert}"
 SSLCertificateKeyFile "{place.key}"
-SSLProtocol TLSv1.2 TLSv1.3
+SSLProtocol -all +TLSv1.2 +TLSv1.3
 SSLCipherSuite {_CIPHERS}
 SSLSessionCache none
 SSLRandomSeed startup builtin
@@ -197,7 +197,7 @@ def _caddy(wanted: Wanted) -> str:
   }}
 }}
 https://localhost:{wanted.port} {{
-  bind 127.0.0.1
+  bind {place.network.host}
   tls {place.cert} {place.key} {{
     protocols tls1.2 tls1.3
   }}
@@ -222,13 +222,13 @@ def _aiohttp(wanted: Wanted) -> str:
     place = wanted.place
     return peer_apps.AIOHTTP.format(
         command="python aiohttp_app.py", ciphers=_CIPHERS, cert=str(place.cert), key=str(place.key), root=str(place.root),
-        port=wanted.port,
+        host=place.network.host, port=wanted.port,
     )  # fmt: skip
 
 
 def _uvicorn_options(wanted: Wanted) -> list[str]:
     return [
-        "uvicorn_app:app", "--host", "127.0.0.1", "--port", str(wanted.port), "--workers", "1", "--no-access-log",
+        "uvicorn_app:app", "--host", wanted.place.network.host, "--port", str(wanted.port), "--workers", "1", "--no-access-log",
         "--log-level", "warning", "--timeout-keep-alive", "3600", "--ssl-certfile", str(wanted.place.cert),
         "--ssl-keyfile", str(wanted.place.key), "--ssl-ciphers", _CIPHERS,
     ]  # fmt: skip
@@ -236,7 +236,7 @@ def _uvicorn_options(wanted: Wanted) -> list[str]:
 
 def _hypercorn_options(wanted: Wanted) -> list[str]:
     return [
-        "hypercorn_app:app", "--bind", f"127.0.0.1:{wanted.port}", "--workers", "1", "--keep-alive", "3600",
+        "hypercorn_app:app", "--bind", f"{wanted.place.network.host}:{wanted.port}", "--workers", "1", "--keep-alive", "3600",
         "--log-level", "warning", "--certfile", str(wanted.place.cert), "--keyfile", str(wanted.place.key),
         "--ciphers", _CIPHERS,
     ]  # fmt: skip
@@ -244,9 +244,9 @@ def _hypercorn_options(wanted: Wanted) -> list[str]:
 
 def _granian_options(wanted: Wanted) -> list[str]:
     return [
-        "granian_app:app", "--interface", "asgi", "--host", "127.0.0.1", "--port", str(wanted.port), "--workers", "1",
-        "--runtime-threads", "1", "--no-ws", "--log-level", "warning", "--ssl-certificate", str(wanted.place.cert),
-        "--ssl-keyfile", str(wanted.place.key), "--ssl-protocol-min", "tls1.2",
+        "granian_app:app", "--interface", "asgi", "--host", wanted.place.network.host, "--port", str(wanted.port),
+        "--workers", "1", "--runtime-threads", "1", "--no-ws", "--log-level", "warning", "--ssl-protocol-min", "tls1.2",
+        "--ssl-certificate", str(wanted.place.cert), "--ssl-keyfile", str(wanted.place.key),
     ]  # fmt: skip
 
 
@@ -334,7 +334,7 @@ def start(name: str, place: Place, *, kernel: bool) -> Server:
     peer, found = BY_NAME[name], find(name)
     kernel = kernel and peer.ktls
     label = f"{name}-{'kernel' if kernel else 'userspace'}"
-    wanted = Wanted(place, free_port(), found.version, kernel)
+    wanted = Wanted(place, free_port(place.network), found.version, kernel)
     text = peer.text(wanted)
     (place.folder / peer.file).write_text(text)
     env = {"GOMAXPROCS": "1", "HOME": str(place.folder)} if name == "caddy" else {"PYTHONDONTWRITEBYTECODE": "1"}

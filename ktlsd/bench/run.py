@@ -16,6 +16,7 @@ from ktlsd.bench import conditions, machine, peers, servers
 from ktlsd.bench.answers import NotMeasurable, Payload, WrongAnswer
 from ktlsd.bench.calibration import Calibration, calibrate
 from ktlsd.bench.contest import Contender, ServerContender, WayContender
+from ktlsd.bench.network import network
 from ktlsd.bench.plan import Options, Plan, Progress, plan
 from ktlsd.bench.result import SCHEMA, Failure, Load, Result, Sample, Subject
 from ktlsd.bench.servers import Place, Server
@@ -102,7 +103,8 @@ class Run:
             secrets = Secrets(version, cipher, place.cert, place.key)
             for way in LADDER:
                 if not number or way.tls != "none":
-                    self._add(WayContender(way, secrets, self._tls_stat), self._plan.ladder, first=not number)
+                    contender = WayContender(way, secrets, network=place.network, tls_stat=self._tls_stat)
+                    self._add(contender, self._plan.ladder, first=not number)
 
     def _add(self, contender: Contender, loads: tuple[Load, ...], *, first: bool) -> None:
         wanted = loads if first else tuple(load for load in loads if load in self._plan.besides)
@@ -184,14 +186,14 @@ def measure(options: Options, *, tls_stat: Path = TLS_STAT) -> Iterator[Progress
     with ExitStack() as stack:
         facts = KernelFacts()
         try:
-            stack.enter_context(conditions.network(options.delay_ms, options.loss_percent))
             facts = machine.kernel_facts()
+            net = stack.enter_context(network(options.delay_ms, options.loss_percent))
             needed = sum(wanted.sizes) + _BESIDES
             folder = stack.enter_context(conditions.folder(options.folder, needed, cold=options.cold))
         except NotMeasurable as exc:
             run.failures.append(Failure(Subject("this machine", "none"), str(exc)))
         else:
-            place = Place(folder)
+            place = Place(folder, net)
             place.prepare()
             step = cpu_step()
             if step > _COARSE:

@@ -18,6 +18,7 @@ import ktlsd
 from ktlsd import __version__, devcert
 from ktlsd.bench import usage
 from ktlsd.bench.answers import NotMeasurable, WrongAnswer
+from ktlsd.bench.network import LOOPBACK, Network
 from ktlsd.bench.result import Tls
 from ktlsd.bench.usage import Usage
 
@@ -34,6 +35,7 @@ class Place:
     """A folder in which a measurement lives: what is served is in `root`, and the certificate is the same for all."""
 
     folder: Path
+    network: Network = LOOPBACK
 
     @property
     def root(self) -> Path:
@@ -65,6 +67,7 @@ class Server:
     ) -> None:
         """Start it; `label` names its log. Raises NotMeasurable."""
         self.name = name
+        self.network = place.network
         self.program = name
         self.tls: Tls = "userspace"
         self.port = 0
@@ -121,7 +124,7 @@ class Server:
         end = time.monotonic() + _START
         while time.monotonic() < end and self._process.poll() is None:
             try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                socket.create_connection((self.network.host, port), timeout=1).close()
                 return
             except OSError:
                 time.sleep(_STEP)
@@ -157,9 +160,9 @@ def _group_lives(group: int) -> bool:
     return True
 
 
-def free_port() -> int:
+def free_port(network: Network) -> int:
     """Return a port that nobody listens at now."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
+    with socket.create_server((network.host, 0)) as sock:
         port: int = sock.getsockname()[1]
         return port
 
@@ -169,7 +172,7 @@ def ktlsd_configuration(place: Place, *, kernel: bool, handover_bytes: int, fram
     mode = "require" if kernel else "off"
     return f"""\
 root = "{place.root}"
-listen = ["127.0.0.1:0"]
+listen = ["{place.network.host}:0"]
 workers = 1
 
 [tls]

@@ -39,7 +39,7 @@ class Usage(msgspec.Struct, frozen=True):
 
         CPU time is exact as a sum; how much of it was the user's may be off by a clock tick.
         """
-        seconds = max(self.user + self.system - before.user - before.system, 0.0)
+        seconds = max((self.user + self.system) - (before.user + before.system), 0.0)
         user = min(max(self.user - before.user, 0.0), seconds)
         return Usage(
             user,

@@ -42,6 +42,7 @@ _SMALL_STEP: Final = 65_536  # what programs commonly read at a time
 _STEP: Final = 262_144  # what ktlsd encrypts at a time in userspace: larger was slower (docs/performance.md)
 _SENDFILE_MAX: Final = 0x7FFF_F000  # bytes one call moves, sendfile(2)
 _PIPE: Final = 1 << 20  # bytes; what anybody may ask for (fs.pipe-max-size)
+_BLAME: Final = 1.0  # seconds
 _TICK: Final = 0.05  # seconds; then it looks again, whatever the poller says
 _PATIENCE: Final = struct.pack("ll", int(3 * STALL), 0)  # struct timeval
 
@@ -86,8 +87,8 @@ class Link:
         """Wait until the client has everything."""
         if not self._ended:
             self._ended = True
-            self.sock.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionError):  # it hangs up when it has what it wants
+            with contextlib.suppress(OSError):  # it hangs up, perhaps first, when it has what it wants; it tells if not
+                self.sock.shutdown(socket.SHUT_WR)
                 while self.sock.recv(_SMALL_STEP):
                     pass
 
@@ -303,8 +304,8 @@ class _Report(msgspec.Struct):
 class Sender:
     """A process that takes `each` connections at `port` and sends the file down each of them when it is asked to."""
 
-    def __init__(self, way: Way, payload: Payload, secrets: Secrets | None, each: int) -> None:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=max(each, 16))
+    def __init__(self, way: Way, payload: Payload, secrets: Secrets | None, each: int, *, host: str = "127.0.0.1") -> None:
+        listener = socket.create_server((host, 0), backlog=max(each, 16))
         self.port: int = listener.getsockname()[1]
         self._ours, theirs = socket.socketpair()
         self._heard: _Report | None = None
@@ -325,7 +326,7 @@ class Sender:
             try:
                 self._heard = msgspec.json.decode(self._ours.recv(65_536) or b"{}", type=_Report)
             except TimeoutError:
-                self._heard = _Report(broke="the sender does not come to an end")
+                raise WrongAnswer("the sender does not come to an end") from None
         if self._heard.refused:
             raise NotMeasurable(self._heard.refused)
         if self._heard.broke:
@@ -333,7 +334,8 @@ class Sender:
         return self._heard.usage
 
     def blame(self, seen: NotMeasurable | WrongAnswer) -> None:
-        """Raise what the process says went wrong, if it can't do it at all or if it says something else than `seen`."""
+        """Raise what the process says went wrong beside what was `seen`, if it says anything."""
+        self._ours.settimeout(_BLAME)
         try:
             self.report()
         except NotMeasurable:
@@ -389,4 +391,6 @@ def _accept(way: Way, listener: socket.socket, context: ssl.SSLContext | None, k
             if session.suite is None or not session.exportable:
                 raise NotMeasurable(f"{session.cipher_name} is no cipher of the kernel's")
             handover.install(LinuxKernel(), sock, session.export_tx())
+    else:
+        sock.sendall(b"\0")  # in place of a handshake: the client goes on to its next connection when it has this one
     return link

@@ -18,6 +18,7 @@ from pathlib import Path
 from tests import pki
 
 PROJECT = Path(__file__).parents[2]
+IN_TMP = str(PROJECT).startswith("/tmp/")  # a clone there: it must be seen, and run
 UNITS = Path("/etc/systemd/system")
 CONFIG = Path("/etc/ktlsd/ktlsd.toml")
 LOG = Path("/var/log/ktlsd/access.log")
@@ -48,7 +49,7 @@ def install() -> None:
     needed = sorted({str(PROJECT), sys.prefix, sys.base_prefix} - {"/usr"})
     (UNITS / "ktlsd.service.d/90-tests.conf").write_text(
         f"[Service]\nProtectHome=tmpfs\nBindReadOnlyPaths={' '.join(needed)}\nEnvironment=PYTHONDONTWRITEBYTECODE=1\n"
-        + ("PrivateTmp=no\nNoExecPaths=\n" if str(PROJECT).startswith("/tmp/") else "")  # a clone in /tmp
+        + ("PrivateTmp=no\nNoExecPaths=\nNoExecPaths=/srv/files /var/log/ktlsd /var/tmp\n" if IN_TMP else "")
     )
     systemctl("daemon-reload")
     # What was changed since it was last compiled would be compiled anew by every start: the service sees it read-only.
