@@ -22,6 +22,7 @@ from ktlsd.tls.suites import suite_by_name
 
 STALL: Final = 20.0  # seconds without a byte, then it won't come any more
 _GRACE: Final = 0.05  # seconds for bytes that may still come when all that must come has
+_END: Final = 1.0  # seconds for a server to end its connection
 _SLACK: Final = 128  # bytes; a date, a ticket or a header may be a little shorter the next time
 _SINK: Final = 4 << 20  # bytes; never written to, so they take no memory
 _RECEIVE: Final = 1 << 18
@@ -219,14 +220,25 @@ class Connection:
         """Ask, take the answer apart and compare it. Raises WrongAnswer."""
         self.ask()
         answer = self._answer()
-        to_the_end = self.ask_for.closes and self.ask_for.kind != "h2"
-        while to_the_end or not answer.done:
+        while not answer.done:
             plain = self.read()
             if not plain:
                 break
             answer.feed(plain)
+        if self.ask_for.closes and self.ask_for.kind != "h2":
+            self._take_end(answer)
         answer.check()
         return self._bounds(answer)
+
+    def _take_end(self, answer: Answer) -> None:
+        """Take what comes behind a whole answer, until the server ends the connection; not all do so before we do."""
+        self._patience(_END)
+        try:
+            while plain := self.read():
+                answer.feed(plain)
+        except WrongAnswer:
+            if not answer.done or answer.body != self.ask_for.payload.size:
+                raise
 
     def _answer(self) -> Answer:
         ask = self.ask_for

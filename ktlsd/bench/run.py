@@ -46,7 +46,7 @@ class Run:
     def __init__(self, wanted: Plan, tls_stat: Path) -> None:
         self._plan = wanted
         self._tls_stat = tls_stat
-        self._payloads: dict[int, Payload] = {}
+        self.payloads: dict[int, Payload] = {}
         self.samples: list[Sample] = []
         self.failures: list[Failure] = []
         self.configurations: dict[str, str] = {}
@@ -60,7 +60,7 @@ class Run:
     def gather(self, place: Place, against: tuple[str, ...], facts: KernelFacts, stack: ExitStack) -> Iterator[Progress]:
         """Start everybody and make the cases, our own first: the first row of a table is what others are compared with."""
         for size in self._plan.sizes:
-            self._payloads[size] = conditions.make_payload(place.root, size)
+            self.payloads[size] = conditions.make_payload(place.root, size)
         starts: list[tuple[str, bool, Callable[[], Server]]] = []
         if self._plan.served:
             modes: tuple[bool, ...] = (True, False)
@@ -118,7 +118,7 @@ class Run:
         for case in list(self.cases):
             yield self._progress(f"verifying {_named(case)}")
             contender, load = case.contender, case.load
-            payload = self._payloads[load.size]
+            payload = self.payloads[load.size]
             try:
                 contender.verify(payload, load)
                 contender.warm_up(payload, load, seconds)
@@ -141,7 +141,7 @@ class Run:
                         continue  # found out meanwhile
                     yield self._progress(f"round {number + 1}: {_named(case)}")
                     try:
-                        self.samples.append(case.contender.sample(self._payloads[load.size], load, number, seconds))
+                        self.samples.append(case.contender.sample(self.payloads[load.size], load, number, seconds))
                     except (NotMeasurable, WrongAnswer) as exc:
                         self._fail(case, exc)
 

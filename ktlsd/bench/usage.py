@@ -143,11 +143,11 @@ def calls_of(pids: Iterable[int]) -> Iterator[CallCounter]:
     """Count the calls of these processes and their threads; not at all without strace, or where it may not look."""
     counter = CallCounter()
     strace = shutil.which("strace")
-    if strace is None:
+    wanted = [part for pid in pids for part in ("-p", str(pid))]
+    if strace is None or not wanted:
         yield counter
         return
     with tempfile.NamedTemporaryFile() as report:
-        wanted = [part for pid in pids for part in ("-p", str(pid))]
         with subprocess.Popen(  # noqa: S603  # nobody else's words are in it
             [strace, "-f", "-c", "-o", report.name, *wanted], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         ) as tracer:

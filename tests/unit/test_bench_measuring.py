@@ -295,6 +295,19 @@ def test_a_slow_server_looks_slow(impatient):
             assert volley.run().seconds >= 0.2
 
 
+def test_a_server_that_does_not_hang_up_when_it_is_asked_to_is_measured_all_the_same(impatient, monkeypatch):
+    monkeypatch.setattr(connection, "_END", 0.1)
+
+    def stays(server, tls, number):
+        honest(server, tls, number)
+        server.gone.wait(1)
+
+    with Crippled(stays) as server:
+        wire = client.verify(ask(server))
+        with Volley([ask(server)], wire, 2) as volley:
+            assert volley.run().transfers == 2
+
+
 def test_a_server_that_chunks_its_answers_is_not_called_wrong():
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     with Crippled(lambda s, tls, n: tls.sendall(chunked)) as server, pytest.raises(NotMeasurable, match="in chunks"):
@@ -364,10 +377,13 @@ def test_a_server_that_claims_kernel_tls_and_is_not_in_the_kernel_is_found_out(t
 
 def test_a_server_that_falls_back_while_it_is_measured_is_found_out(tmp_path):
     tls_stat, load = stat(tmp_path / "tls_stat", 5), Load(PAYLOAD.size, connections=2)
+    taken, lock = [], threading.Lock()
 
     def behave(server, tls, number):
-        if number < 5:
-            stat(tls_stat, 5 + number)
+        with lock:
+            if len(taken) < 4:
+                taken.append(number)
+                stat(tls_stat, 5 + len(taken))
         honest(server, tls, number)
 
     with Crippled(behave) as server:
