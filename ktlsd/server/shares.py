@@ -11,6 +11,7 @@ INTERVAL: Final = 1.0  # seconds between two reckonings
 _STEADY: Final = 1.1  # room to grow for a client whose rate does not change
 _GROWING: Final = 2.0  # and for one whose rate has grown by a tenth
 _CLIENTS_TOLD: Final = 300  # those that send most; who sends little is not held back anyway
+_CALM: Final = 3  # reckonings in which there must be room for all before nobody is held back any more
 _AT_THE_LEVEL: Final = 0.85  # of what it may send: such a client is held back
 _FOOTHOLD: Final = 0.02  # part of the pipe, shared by all, that even a client with next to nothing has room to grow into
 
@@ -39,6 +40,8 @@ class Shares:
         self._active: dict[bytes, set[int]] = {}
         self._since: float | None = None
         self._before: dict[str, float] = {}
+        self._calm = 0  # reckonings in a row in which there was room for all
+        self._held: dict[str, int] | None = None  # what was returned last
         self._level: float | None = None  # what a client may send, if anybody is held back
 
     def sent(self, client: bytes, fd: int, count: int) -> None:
@@ -81,7 +84,13 @@ class Shares:
             growing = rate > 1.1 * self._before.get(name, 0.0)
             demands[name] = max(rate * (_GROWING if growing else _STEADY), foothold)
         self._before = rates
-        self._level = level = fair_level(demands, self._pipe)
+        level = fair_level(demands, self._pipe)
         if level is None:
-            return None
-        return {name: max(int(level / count), 1) for name, count in connections.items()}
+            # What is in the sockets' buffers goes out without being seen here: one quiet second is no sign of room.
+            self._calm += 1
+            if self._calm >= _CALM:
+                self._level, self._held = None, None
+            return self._held
+        self._level, self._calm = level, 0
+        self._held = {name: max(int(level / count), 1) for name, count in connections.items()}
+        return self._held
