@@ -25,6 +25,7 @@ from ktlsd.bench import (
     network,
     peers,
     plan,
+    run,
     usage,
     ways,
 )
@@ -178,7 +179,7 @@ class Crippled:
             pass
 
     def pids(self):
-        return [os.getpid()]
+        return []
 
     def usage(self):
         return Usage()
@@ -404,10 +405,34 @@ def test_a_sample_in_userspace_says_so_and_one_without_the_file_says_nothing(tmp
             assert honest_one.sample(PAYLOAD, Load(PAYLOAD.size), 0, 0.01).in_kernel is said
 
 
+# --- a run with somebody bad in it ---
+
+
+@pytest.mark.parametrize("good_requests", [0, 1, 2, 4])
+def test_what_was_measured_of_a_server_that_turns_bad_is_thrown_away(good_requests, tmp_path):
+    """Requests: verified, warming up, round 1, round 2."""
+    wanted = plan.plan(Options(sizes=(PAYLOAD.size,), protocols=("http/1.1",), rounds=2))
+    measured = run.Run(wanted, tmp_path / "no tls_stat")
+    measured.payloads[PAYLOAD.size] = PAYLOAD
+    bad = lambda server, tls, number: (honest if number <= good_requests else short(9_000))(server, tls, number)  # noqa: E731
+    with Crippled(honest) as one, Crippled(bad) as other:
+        other.name = "bad"
+        contenders = [contest.ServerContender(server, "http/1.1", "TLSv1.3") for server in (one, other)]
+        measured.cases = [run.Case(contender, Load(PAYLOAD.size)) for contender in contenders]
+        steps = [*measured.prepare(1e-6), *measured.rounds(1e-6)]
+    assert all(step.done <= step.total for step in steps)
+    assert [sample.round for sample in measured.samples if sample.subject.name == "crippled"] == [0, 1]
+    assert [sample.round for sample in measured.samples if sample.subject.name == "bad"] == (
+        [0, 1] if good_requests == 4 else []
+    )
+    assert [failure.wrong for failure in measured.failures] == ([] if good_requests == 4 else [True])
+    assert all(failure.subject.name == "bad" for failure in measured.failures)
+
+
 # --- the ways of sending ---
 
 
-SIZES = (1, 16_384, 100_003, 3 * MIB + 5)
+SIZES = (1, 100_003, 3 * MIB + 5)
 KERNEL = [way for way in ways.LADDER if way.tls == "kernel"]
 OTHERS = [way for way in ways.LADDER if way.tls != "kernel"]
 
@@ -417,6 +442,7 @@ def named(way):
 
 
 def climb(way, tmp_path, version="TLSv1.3", cipher="", size=100_003, **more):
+    """Return a sample: two connections at a time, everything verified before."""
     pki.write(tmp_path)
     payload = conditions.make_payload(tmp_path, size)
     secrets = ways.Secrets(version, cipher, *(tmp_path / name for name in CERTIFICATE))
@@ -453,8 +479,7 @@ def test_a_way_of_the_kernel_sends_the_file(way, size, tmp_path):
 
 
 @pytest.mark.ktls
-@pytest.mark.parametrize("cipher", connection.CIPHERS)
-@pytest.mark.parametrize("way", KERNEL, ids=named)
+@pytest.mark.parametrize(("way", "cipher"), zip(KERNEL, (*connection.CIPHERS, connection.CIPHERS[0]), strict=True))
 def test_a_way_of_the_kernel_knows_every_cipher(way, cipher, tmp_path):
     assert climb(way, tmp_path, "TLSv1.2", cipher).in_kernel is True
 
