@@ -20,9 +20,10 @@ def test_kernel_lane(capsys: pytest.CaptureFixture[str]) -> None:
             pytest.fail(message)
         pytest.skip(message)
     env = {k: v for k, v in os.environ.items() if k.startswith("KTLSD_") or k in ("PATH", "LANG")}
-    command = [sys.executable, "-m", "pytest", "-m", "ktls", "-p", "no:cacheprovider", "--color=no", "--durations=5"]
+    command = [sys.executable, "-m", "pytest", "-m", "ktls", *uml.PYTEST]
     with capsys.disabled():
         print(f"\n--- kernel lane: {kernel}", flush=True)
-        status = uml.run(kernel, command, env=env, timeout=_TIMEOUT, on_line=lambda line: print("  |", line, flush=True))
+        shown = uml.Shown()
+        status = uml.run(kernel, command, env=env, timeout=_TIMEOUT, on_line=shown)
         print("--- kernel lane ends", flush=True)
-    assert status == 0, f"pytest inside {kernel} ended with {status} (124: out of time)"
+    assert status == 0, f"pytest inside {kernel} ended with {status} (124: out of time)\n{shown.verdict}"

@@ -18,6 +18,26 @@ DEBIAN = "/usr/bin/linux.uml"
 SYSTEMD = "/lib/systemd/systemd"
 INIT = Path(__file__).with_name("uml_init.py")
 
+# What pytest gets inside. Nothing is fast there, and the machine outside may be busy.
+PYTEST = ("-p", "no:cacheprovider", "--color=no", "--durations=5", "--timeout=400")
+
+
+class Shown:
+    """Prints the lines of a pytest inside, and remembers what it says of failures."""
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        print("  |", line, flush=True)
+        if line.startswith(("FAILED ", "ERROR ", "E   ")):
+            self._said.append(line)
+
+    @property
+    def verdict(self) -> str:
+        """What failed, in pytest's words, the last 60 lines of it."""
+        return "\n".join(self._said[-60:])
+
 
 def kernel_file() -> str | None:
     """The kernel to test on: $KTLSD_TEST_KERNEL, else Debian's; None if there is none."""

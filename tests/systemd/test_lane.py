@@ -23,13 +23,10 @@ def test_systemd_lane(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip(message)
     assert kernel is not None
     env = {k: v for k, v in os.environ.items() if k.startswith("KTLSD_") or k in ("PATH", "LANG")}
-    command = [sys.executable, "-m", "pytest", "-m", "systemd", "-p", "no:cacheprovider", "--color=no", "--durations=5"]
+    command = [sys.executable, "-m", "pytest", "-m", "systemd", *uml.PYTEST]
     with capsys.disabled():
         print(f"\n--- systemd lane: {kernel}", flush=True)
-
-        def show(line: str) -> None:
-            print("  |", line, flush=True)
-
-        status = uml.run(kernel, command, env=env, timeout=_TIMEOUT, systemd=True, on_line=show)
+        shown = uml.Shown()
+        status = uml.run(kernel, command, env=env, timeout=_TIMEOUT, systemd=True, on_line=shown)
         print("--- systemd lane ends", flush=True)
-    assert status == 0, f"pytest under systemd inside {kernel} ended with {status} (124: out of time)"
+    assert status == 0, f"pytest under systemd inside {kernel} ended with {status} (124: out of time)\n{shown.verdict}"
