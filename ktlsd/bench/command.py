@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from ktlsd.bench import calibration, peers, plots, report_html, report_text, run
+from ktlsd.bench.answers import NotMeasurable
 from ktlsd.bench.calibration import Calibration
 from ktlsd.bench.plan import Options, Progress
 from ktlsd.bench.result import SCHEMA, Result
@@ -27,6 +28,7 @@ def bench(
         asked.pop(name, None)
     names = tuple(name.strip() for name in against.split(",")) if against else ()
     _check_names(names)
+    _check_found(names)
     options = Options(
         mode=mode or "default",  # type: ignore[arg-type]  # click has checked it
         sizes=tuple(_size(text) for text in sizes),
@@ -43,6 +45,18 @@ def _check_names(names: Sequence[str]) -> None:
             raise SettingsError(f"{name!r} is no server that can be measured; there are {', '.join(peers.BY_NAME)}")
 
 
+def _check_found(names: Sequence[str]) -> None:
+    """Before a minute is spent; if some are there, the rest is told in the result. Raises SettingsError."""
+    missing = []
+    for name in names:
+        try:
+            peers.find(name)
+        except NotMeasurable as exc:
+            missing.append(str(exc))
+    if missing and len(missing) == len(names):
+        raise SettingsError("--against: " + "; ".join(missing))
+
+
 def _size(text: str) -> int:
     """Return bytes: 10k, 256M, 1G, 4096. Raises SettingsError."""
     match = re.fullmatch(r"(\d+)([kKmMgG]?)(?:i?[bB])?", text)
@@ -54,7 +68,8 @@ def _size(text: str) -> int:
 def _measure(options: Options, *, json: str | None, html: str | None, png: str | None) -> int:
     """Measure, print the tables and the verdict, write what was asked for ("-" is standard output); return the exit status.
 
-    1 if something gave wrong results, so that it can't have been measured. Raises SettingsError, StartError.
+    1 if something gave wrong results, so that it can't have been measured, or if nothing was measured at all. Raises
+    SettingsError, StartError.
     """
     for target in (json, html, png):
         _check_target(target)
@@ -71,7 +86,7 @@ def _measure(options: Options, *, json: str | None, html: str | None, png: str |
     wrong = [failure for failure in result.failures if failure.wrong]
     for failure in wrong:
         print(f"ktlsd: {failure.subject.name}: {failure.why}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong or not result.samples else 0
 
 
 def _calibrate(options: Options) -> int:

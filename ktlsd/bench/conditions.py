@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ _BLOCK: Final = 1 << 20
 _SHM: Final = Path("/dev/shm")  # noqa: S108  # a tmpfs on every Linux
 _SPARE: Final = 512 << 20  # bytes of memory that others shall keep
 _TRIES, _TICK = 20, 0.05  # seconds; pages that have just been in use stay for a moment
+_number: Final = itertools.count()
 _ELSEWHERE: Final = "Is it tmpfs? Name another folder"
 
 
@@ -87,9 +89,10 @@ def make_payload(root: Path, size: int) -> Payload:
 def cold(payload: Payload) -> Iterator[Payload]:
     """Make a copy that is not in the page cache: the file itself may be mapped by a server, and then it stays.
 
-    Raises NotMeasurable if a copy stays too, as on tmpfs, or if nobody can tell.
+    Each copy has another name: servers that keep files open would send the one before. Raises NotMeasurable if a copy
+    stays too, as on tmpfs, or if nobody can tell.
     """
-    path = payload.path.with_name(f"cold-{payload.name}")
+    path = payload.path.with_name(f"cold-{next(_number)}-{payload.name}")
     shutil.copyfile(payload.path, path)
     try:
         with path.open("rb") as file:

@@ -140,7 +140,7 @@ class Connection:
         if ask.cipher and self.cipher != ask.cipher:
             raise NotMeasurable(f"it chooses {self.cipher}, asked for was {ask.cipher} ({ask.version})")
         if ask.kind == "h2" and tls.selected_alpn_protocol() != "h2":
-            raise NotMeasurable("it doesn't speak HTTP/2")
+            raise NotMeasurable("it doesn't offer HTTP/2")
 
     def _settle(self) -> None:
         """Exchange SETTINGS; behind the answer to a PING nothing of the server's is under way any more."""

@@ -108,4 +108,6 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # ours
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        if "netem" in command and "unknown" in said[0]:
+            raise NotMeasurable("no delay and loss here: this kernel has no netem (modprobe sch_netem; CONFIG_NET_SCH_NETEM)")
         raise NotMeasurable(f"no delay and loss here: {' '.join(command)}: {said[0]}")

@@ -5,7 +5,6 @@ from typing import Final
 # One application for all ASGI servers. Reading blocks, but only for as long as a copy from memory takes: a thread for each
 # read, as Starlette has it, would cost more.
 ASGI: Final = """\
-# {command}
 import os
 
 ROOT = {root!r}
@@ -34,8 +33,33 @@ async def app(scope, receive, send):
             await send({{"type": "http.response.body", "body": data, "more_body": left > 0}})
 """
 
+# Added to it; a class, because the settings are pickled for the worker.
+HYPERCORN: Final = """
+
+class Settings:
+    keep_alive_max_requests = {requests}  # its default is 1000
+    try:
+        import uvloop
+        worker_class = "uvloop"  # saves a fifth of the CPU time for small files
+    except ImportError:
+        worker_class = "asyncio"
+"""
+
+# Granian's own interface: a tenth less CPU time than ASGI's "http.response.pathsend".
+GRANIAN: Final = """\
+# --static-path-mount is faster still over HTTP/2, but sends files without Content-Length, over HTTP/1.1 in chunks.
+import os
+
+ROOT = {root!r}
+
+
+async def app(scope, protocol):
+    path = os.path.join(ROOT, os.path.basename(scope.path))
+    headers = [("content-type", "application/octet-stream"), ("content-length", str(os.path.getsize(path)))]
+    protocol.response_file(200, headers, path)
+"""
+
 AIOHTTP: Final = """\
-# {command}
 import ssl
 
 from aiohttp import web

@@ -2,12 +2,14 @@
 
 Fair means: one worker, the same certificate, files, TLS versions and ciphers, HTTP/2 on, no access log, connections that stay
 as long as the client wants, sendfile on, kernel TLS on where the build can. Whatever else is set is set because it helps the
-peer, with the reason beside it. `configuration` returns what would be written, for those who doubt it.
+peer, with the reason beside it. `configuration` returns what would be written, for those who doubt it; its first lines say how
+it is started.
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,6 +58,7 @@ class Peer:
     protocols: tuple[HttpKind, ...] = _BOTH
     ktls: bool = False  # whether it can have the kernel encrypt, if it is built for it
     module: str = ""  # a Python program's
+    environment: tuple[str, ...] = ()  # beside our own, "GOMAXPROCS=1"
 
 
 # --- nginx -------------------------------------------------------------------------------------------------------------
@@ -76,6 +79,8 @@ http {{
   access_log off;
   sendfile on;
   tcp_nopush on;                      # full packets, as its manual has it beside sendfile
+  open_file_cache max=1000 inactive=1h;  # ktlsd keeps files open, too
+  output_buffers 2 256k;              # what it reads at a time where it encrypts itself; its default is 32k
   keepalive_requests {_LASTING};
   keepalive_timeout 1h;
   http2_chunk_size 16k;               # frames as large as HTTP/2 allows; its default is 8k
@@ -111,7 +116,7 @@ server.port = {wanted.port}
 server.errorlog = "{place.folder}/lighttpd-error.log"
 server.max-worker = 0                          # one process that does everything
 server.network-backend = "sendfile"
-server.max-keep-alive-requests = {_LASTING}
+server.max-keep-alive-requests = 65535         # the most: it has 16 bits
 server.max-keep-alive-idle = 3600
 server.feature-flags = ("server.h2proto" => "enable")
 ssl.engine = "enable"
@@ -149,9 +154,12 @@ MaxKeepAliveRequests 0
 KeepAliveTimeout 3600
 # Off by default; with TLS it reads and encrypts all the same.
 EnableSendfile On
-EnableMMAP On
+# On by default; with TLS it costs more CPU time than reading, a tenth to a quarter.
+EnableMMAP Off
 Protocols h2 http/1.1
 H2MaxSessionStreams 1000
+# Large TLS records from the first byte on; by default only behind the first MiB.
+H2TLSWarmUpSize 0
 RequestReadTimeout header=0 body=0
 SSLEngine On
 SSLCertificateFile "{place.cert}"
@@ -184,7 +192,7 @@ def _apache_modules() -> str:
 def _caddy(wanted: Wanted) -> str:
     place = wanted.place
     return f"""\
-# Started with GOMAXPROCS=1: one processor, as the others have with one worker.
+# GOMAXPROCS=1: one processor, as the others have with one worker.
 {{
   admin off
   auto_https off
@@ -210,20 +218,24 @@ https://localhost:{wanted.port} {{
 # --- Python ------------------------------------------------------------------------------------------------------------
 
 
-def _asgi(name: str) -> Callable[[Wanted], str]:
-    def text(wanted: Wanted) -> str:
-        command = " ".join(["python -m", name, *BY_NAME[name].options(wanted)])
-        return peer_apps.ASGI.format(command=command, root=str(wanted.place.root))
+def _asgi(wanted: Wanted) -> str:
+    return peer_apps.ASGI.format(root=str(wanted.place.root))
 
-    return text
+
+def _hypercorn(wanted: Wanted) -> str:
+    return _asgi(wanted) + peer_apps.HYPERCORN.format(requests=_LASTING)
 
 
 def _aiohttp(wanted: Wanted) -> str:
     place = wanted.place
     return peer_apps.AIOHTTP.format(
-        command="python aiohttp_app.py", ciphers=_CIPHERS, cert=str(place.cert), key=str(place.key), root=str(place.root),
-        host=place.network.host, port=wanted.port,
-    )  # fmt: skip
+        ciphers=_CIPHERS,
+        cert=str(place.cert),
+        key=str(place.key),
+        root=str(place.root),
+        host=place.network.host,
+        port=wanted.port,
+    )
 
 
 def _uvicorn_options(wanted: Wanted) -> list[str]:
@@ -236,15 +248,15 @@ def _uvicorn_options(wanted: Wanted) -> list[str]:
 
 def _hypercorn_options(wanted: Wanted) -> list[str]:
     return [
-        "hypercorn_app:app", "--bind", f"{wanted.place.network.host}:{wanted.port}", "--workers", "1", "--keep-alive", "3600",
-        "--log-level", "warning", "--certfile", str(wanted.place.cert), "--keyfile", str(wanted.place.key),
-        "--ciphers", _CIPHERS,
+        "hypercorn_app:app", "--config", "python:hypercorn_app.Settings", "--workers", "1", "--keep-alive", "3600",
+        "--bind", f"{wanted.place.network.host}:{wanted.port}", "--log-level", "warning", "--ciphers", _CIPHERS,
+        "--certfile", str(wanted.place.cert), "--keyfile", str(wanted.place.key),
     ]  # fmt: skip
 
 
 def _granian_options(wanted: Wanted) -> list[str]:
     return [
-        "granian_app:app", "--interface", "asgi", "--host", wanted.place.network.host, "--port", str(wanted.port),
+        "granian_app:app", "--interface", "rsgi", "--host", wanted.place.network.host, "--port", str(wanted.port),
         "--workers", "1", "--runtime-threads", "1", "--no-ws", "--log-level", "warning", "--ssl-protocol-min", "tls1.2",
         "--ssl-certificate", str(wanted.place.cert), "--ssl-keyfile", str(wanted.place.key),
     ]  # fmt: skip
@@ -258,14 +270,16 @@ PEERS: Final = (
     Peer("lighttpd", "apt-get install lighttpd lighttpd-mod-openssl", "lighttpd.conf", _lighttpd,
          lambda w: ["-D", "-f", str(w.place.folder / "lighttpd.conf")], ktls=True),
     Peer("caddy", "apt-get install caddy", "Caddyfile", _caddy,
-         lambda w: ["run", "--adapter", "caddyfile", "--config", str(w.place.folder / "Caddyfile")]),
+         lambda w: ["run", "--adapter", "caddyfile", "--config", str(w.place.folder / "Caddyfile")],
+         environment=("GOMAXPROCS=1",)),
     Peer("apache", "apt-get install apache2", "apache.conf", _apache,
          lambda w: ["-D", "FOREGROUND", "-f", str(w.place.folder / "apache.conf")]),
-    Peer("granian", "pip install granian uvloop", "granian_app.py", _asgi("granian"), _granian_options, module="granian"),
-    Peer("uvicorn", "pip install 'uvicorn[standard]'", "uvicorn_app.py", _asgi("uvicorn"), _uvicorn_options, ("http/1.1",),
+    Peer("granian", "pip install granian uvloop", "granian_app.py", lambda w: peer_apps.GRANIAN.format(root=str(w.place.root)),
+         _granian_options, module="granian"),
+    # Its parser that knows HTTP/2 as well (--http zttp --http2) takes a third more CPU time for HTTP/1.1, so it is not used.
+    Peer("uvicorn", "pip install 'uvicorn[standard]'", "uvicorn_app.py", _asgi, _uvicorn_options, ("http/1.1",),
          module="uvicorn"),
-    Peer("hypercorn", "pip install hypercorn uvloop", "hypercorn_app.py", _asgi("hypercorn"), _hypercorn_options,
-         module="hypercorn"),
+    Peer("hypercorn", "pip install hypercorn uvloop", "hypercorn_app.py", _hypercorn, _hypercorn_options, module="hypercorn"),
     Peer("aiohttp", "pip install aiohttp uvloop", "aiohttp_app.py", _aiohttp, lambda w: ["aiohttp_app.py"], ("http/1.1",),
          module="aiohttp"),
 )  # fmt: skip
@@ -277,8 +291,18 @@ _VERSION: Final = {"nginx": "-v", "lighttpd": "-v", "apache": "-v", "caddy": "ve
 
 def configuration(name: str, folder: Path, port: int, *, kernel: bool = True) -> str:
     """Return what would be written for this peer to serve `folder`/root at this port. `name` is one of NAMES."""
-    found = _find_quietly(BY_NAME[name])
-    return BY_NAME[name].text(Wanted(Place(folder), port, found.version if found else "", kernel))
+    peer = BY_NAME[name]
+    found = _find_quietly(peer) or Installed(("python", "-m", name) if peer.module else (name,), "")
+    return _text(peer, found, Wanted(Place(folder), port, found.version, kernel))
+
+
+def _text(peer: Peer, found: Installed, wanted: Wanted) -> str:
+    """Return the configuration below the command that starts it."""
+    command = shlex.join([*found.command, *peer.options(wanted)])
+    return f"""\
+# {peer.name} {found.version or "(not installed here)"}, started in {wanted.place.folder}, files in {wanted.place.root}:
+# {" ".join([*peer.environment, command])}
+{peer.text(wanted)}"""
 
 
 def find(name: str) -> Installed:
@@ -335,9 +359,10 @@ def start(name: str, place: Place, *, kernel: bool) -> Server:
     kernel = kernel and peer.ktls
     label = f"{name}-{'kernel' if kernel else 'userspace'}"
     wanted = Wanted(place, free_port(place.network), found.version, kernel)
-    text = peer.text(wanted)
+    text = _text(peer, found, wanted)
     (place.folder / peer.file).write_text(text)
-    env = {"GOMAXPROCS": "1", "HOME": str(place.folder)} if name == "caddy" else {"PYTHONDONTWRITEBYTECODE": "1"}
+    env = {"HOME": str(place.folder), "PYTHONDONTWRITEBYTECODE": "1"}  # they leave nothing behind elsewhere
+    env |= dict(setting.split("=") for setting in peer.environment)
     server = Server(name, [*found.command, *peer.options(wanted)], place, label=label, env=env)
     try:
         server.await_port(wanted.port)

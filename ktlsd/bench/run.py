@@ -116,6 +116,8 @@ class Run:
         """Verify, warm up, count system calls: every case once."""
         self.total = self.done + len(self.cases) * (1 + self._plan.rounds)
         for case in list(self.cases):
+            if case not in self.cases:
+                continue  # found out meanwhile
             yield self._progress(f"verifying {_named(case)}")
             contender, load = case.contender, case.load
             payload = self.payloads[load.size]
@@ -145,10 +147,23 @@ class Run:
                     except (NotMeasurable, WrongAnswer) as exc:
                         self._fail(case, exc)
 
+    def verify_again(self) -> Iterator[Progress]:
+        """Compare once more what everybody sends, now that it is warm: caches may have changed the way it takes."""
+        self.total = self.done + len(self.cases)
+        for case in list(self.cases):
+            if case not in self.cases:
+                continue  # found out meanwhile
+            yield self._progress(f"verifying {_named(case)} again")
+            try:
+                case.contender.verify(self.payloads[case.load.size], case.load)
+            except (NotMeasurable, WrongAnswer) as exc:
+                self._fail(case, exc)
+
     def _fail(self, case: Case, exc: NotMeasurable | WrongAnswer) -> None:
         """Whoever did wrong is out, with all that was measured of it; who can't be measured is out for this load."""
         subject, wrong = case.contender.subject, isinstance(exc, WrongAnswer)
-        why = f"{exc} (asked for {case.load.size} bytes on {case.load.connections} connections)" if wrong else str(exc)
+        count = "1 connection" if case.load.connections == 1 else f"{case.load.connections} connections"
+        why = f"{exc} (asked for {case.load.size} bytes on {count})" if wrong else str(exc)
         failure = Failure(subject, why, wrong)
         if failure not in self.failures:
             self.failures.append(failure)
@@ -202,5 +217,6 @@ def measure(options: Options, *, tls_stat: Path = TLS_STAT) -> Iterator[Progress
             yield from run.gather(place, options.against, facts, stack)
             yield from run.prepare(seconds)
             yield from run.rounds(seconds)
+            yield from run.verify_again()
         about = machine.machine(facts)
     yield Result(SCHEMA, began, sys.argv, about, run.samples, run.failures, run.configurations, run.notes)

@@ -18,6 +18,7 @@ from ktlsd.bench import (
     answers,
     calibration,
     client,
+    command,
     conditions,
     connection,
     contest,
@@ -316,7 +317,7 @@ def test_a_server_that_chunks_its_answers_is_not_called_wrong():
 
 
 def test_a_server_without_http2_is_not_called_wrong():
-    with Crippled(honest) as server, pytest.raises(NotMeasurable, match="doesn't speak HTTP/2"):
+    with Crippled(honest) as server, pytest.raises(NotMeasurable, match="doesn't offer HTTP/2"):
         client.verify(Ask(server.port, PAYLOAD, "h2"))
 
 
@@ -408,9 +409,9 @@ def test_a_sample_in_userspace_says_so_and_one_without_the_file_says_nothing(tmp
 # --- a run with somebody bad in it ---
 
 
-@pytest.mark.parametrize("good_requests", [0, 1, 2, 4])
+@pytest.mark.parametrize("good_requests", [0, 1, 2, 3, 4, 5, 6])
 def test_what_was_measured_of_a_server_that_turns_bad_is_thrown_away(good_requests, tmp_path):
-    """Requests: verified, warming up, round 1, round 2."""
+    """Requests: verified, warming up, counting calls, round 1, round 2, verified again."""
     wanted = plan.plan(Options(sizes=(PAYLOAD.size,), protocols=("http/1.1",), rounds=2))
     measured = run.Run(wanted, tmp_path / "no tls_stat")
     measured.payloads[PAYLOAD.size] = PAYLOAD
@@ -419,14 +420,29 @@ def test_what_was_measured_of_a_server_that_turns_bad_is_thrown_away(good_reques
         other.name = "bad"
         contenders = [contest.ServerContender(server, "http/1.1", "TLSv1.3") for server in (one, other)]
         measured.cases = [run.Case(contender, Load(PAYLOAD.size)) for contender in contenders]
-        steps = [*measured.prepare(1e-6), *measured.rounds(1e-6)]
+        steps = [*measured.prepare(1e-6), *measured.rounds(1e-6), *measured.verify_again()]
     assert all(step.done <= step.total for step in steps)
     assert [sample.round for sample in measured.samples if sample.subject.name == "crippled"] == [0, 1]
     assert [sample.round for sample in measured.samples if sample.subject.name == "bad"] == (
-        [0, 1] if good_requests == 4 else []
+        [0, 1] if good_requests == 6 else []
     )
-    assert [failure.wrong for failure in measured.failures] == ([] if good_requests == 4 else [True])
+    assert [failure.wrong for failure in measured.failures] == ([] if good_requests == 6 else [True])
     assert all(failure.subject.name == "bad" for failure in measured.failures)
+
+
+def test_other_bytes_of_the_same_length_are_found_out_in_the_end(tmp_path):
+    measured = run.Run(plan.plan(Options(sizes=(PAYLOAD.size,), protocols=("http/1.1",), rounds=1)), tmp_path / "no tls_stat")
+    measured.payloads[PAYLOAD.size] = PAYLOAD
+    other = late(lambda server, tls, number: tls.sendall(http1(CONTENT[::-1])))
+    with Crippled(other) as server:
+        measured.cases = [run.Case(contest.ServerContender(server, "http/1.1", "TLSv1.3"), Load(PAYLOAD.size))]
+        list(measured.prepare(1e-6))
+        list(measured.rounds(1e-6))
+        assert not measured.failures, "ciphertext looks like ciphertext"
+        list(measured.verify_again())
+    (failure,) = measured.failures
+    assert (failure.wrong, measured.samples) == (True, [])
+    assert "are not the file's: SHA-256" in failure.why
 
 
 # --- the ways of sending ---
@@ -670,9 +686,22 @@ def test_a_peer_is_configured_fairly(name, tmp_path):
     text = peers.configuration(name, tmp_path, 8443)
     assert re.search(r"\b8443\b", text)
     assert str(tmp_path / "root") in text
-    if not peers.BY_NAME[name].module:
-        assert str(tmp_path / "localhost.pem") in text
+    assert str(tmp_path / "localhost.pem") in text, "if not in the file, then in the command above it"
     assert "access_log on" not in text
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("nginx", r"^# \S*nginx -p \S+ -c \S+/nginx.conf"),
+    ("lighttpd", r"^server.max-keep-alive-requests = 65535\b"),  # more wraps around
+    ("caddy", r"^# GOMAXPROCS=1 \S*caddy run "),
+    ("apache", r"^H2TLSWarmUpSize 0$"),
+    ("granian", r"^# .* granian granian_app:app --interface rsgi .*--workers 1 "),
+    ("uvicorn", r"^# .* uvicorn uvicorn_app:app .*--no-access-log "),
+    ("hypercorn", r"^    keep_alive_max_requests = 1000000000\b"),
+    ("aiohttp", r"^# .*aiohttp_app.py$"),
+])  # fmt: skip
+def test_a_configuration_says_how_it_is_started_and_what_it_lifts(name, says, tmp_path):
+    assert re.search(says, peers.configuration(name, tmp_path, 8443), re.MULTILINE)
 
 
 def test_nginx_asks_for_kernel_tls_where_there_is_one(tmp_path):
@@ -687,6 +716,13 @@ def test_a_peer_that_is_not_installed_says_what_installs_it(name, tmp_path, monk
     monkeypatch.setattr(sys, "executable", "/nonexistent/python3")
     with pytest.raises(NotMeasurable, match=f"{name} is not installed: (apt-get|pip) install"):
         peers.start(name, Place(tmp_path), kernel=False)
+
+
+def test_where_no_peer_is_there_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "_find_quietly", lambda peer: None)
+    nothing = {"calibrate": False, "json": None, "html": None, "png": None, "mode": "quick", "sizes": (), "folder": None}
+    with pytest.raises(SettingsError, match="^--against: nginx is not installed: apt-get install nginx; caddy is not inst"):
+        command.bench(against="nginx,caddy", **nothing)
 
 
 # --- calibration ---
