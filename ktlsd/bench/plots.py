@@ -74,8 +74,10 @@ def _foot(result: Result, left_out: int) -> str:
     machine = result.machine
     parts = [f"{result.began}, {machine.system}{f' ({machine.virtual})' if machine.virtual else ''}, {machine.cpu}."]
     parts += [*verdicts.virtual(machine.virtual), report.intervals(report.groups(result))]
-    if result.failures:
-        parts.append(f"Failed: {', '.join(dict.fromkeys(failure.subject.name for failure in result.failures))}.")
+    for wrong, title in report.FAILED.items():
+        names = [f"{f.subject.name} ({words.TLS[f.subject.tls]})" for f in result.failures if f.wrong == wrong]
+        if names:
+            parts.append(f"{title}: {', '.join(dict.fromkeys(names))}.")
     if left_out:
         parts.append(f"{left_out} more conditions are on the HTML page.")
     return words.printable(" ".join(part for part in parts if part))

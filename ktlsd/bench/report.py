@@ -25,6 +25,7 @@ LEGEND_RANGE: Final = (
     "With fewer than six rounds an interval is the range of all rounds without a promise, and a winner is called only if "
     "there are three at least and the interval is further from 1 than it is wide."
 )
+FAILED: Final = {True: "Failed", False: "Not measured"}  # Failure.wrong -> title
 
 
 @dataclass(frozen=True, slots=True)

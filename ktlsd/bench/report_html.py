@@ -44,6 +44,7 @@ def render(result: Result) -> str:
         facts=report_text.machine_facts(result.machine),
         programs=list(dict.fromkeys(s.subject.program for s in result.samples if s.subject.program)),
         samples=result.samples,
+        failed=report.FAILED,
         colours=charts.COLOURS,
         dark=charts.COLOURS_DARK,
         lines=_lines,

@@ -39,7 +39,8 @@ def render(result: Result, width: int = _NARROWEST) -> str:
         lines += ["", *_fill(f"{_MARKS_LEGEND} {report.LEGEND} {report.intervals(found)}", width), *_copies(found, width)]
     else:
         lines += ["", "Nothing was measured."]
-    lines += _list("Failed", [f"{_named(f.subject)}: {f.why}" for f in result.failures], width)
+    for wrong, title in report.FAILED.items():
+        lines += _list(title, [f"{_named(f.subject)}: {f.why}" for f in result.failures if f.wrong == wrong], width)
     lines += _list("Beware", verdicts.cautions(result), width)
     lines += _list("Notes", result.notes, width)
     for finding in verdicts.findings(result):

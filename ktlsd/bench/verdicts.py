@@ -17,6 +17,7 @@ from ktlsd.net import handover
 
 QUESTION: Final = "Does kernel TLS help on this machine?"
 US: Final = "ktlsd"
+_TOO_FEW: Final = "too few rounds to call it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Match:
     def outcome(self) -> Verdict:
         """By throughput."""
         return stats.verdict(self.speed)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether all rounds say the same and are too few to say it."""
+        return self.outcome is Verdict.OPEN and self.speed is not None and not self.speed.low <= 1 <= self.speed.high
 
     @property
     def saves(self) -> Verdict:
@@ -219,7 +225,8 @@ def _against(found: list[Group], peer: str, protocol: str) -> Finding | None:
 
 
 def _with_its_tls(match: Match, peer: str) -> str:
-    said = f"{words.size(match.size)}: {words.SPEED[match.outcome]}; {_times(match.speed)} the throughput of {peer}"
+    outcome = _TOO_FEW if match.undecided else words.SPEED[match.outcome]
+    said = f"{words.size(match.size)}: {outcome}; {_times(match.speed)} the throughput of {peer}"
     if match.cpu and match.saves is not Verdict.OPEN:
         said += f", with {_times(match.cpu)} its CPU time per byte"
     ours, theirs = match.ours.subject, match.theirs.subject
@@ -231,11 +238,11 @@ def _with_its_tls(match: Match, peer: str) -> str:
 
 def _score(every: list[Match]) -> str:
     """Return where it loses, first, then where it wins, then the rest."""
-    sizes: dict[Verdict, list[str]] = {outcome: [] for outcome in (Verdict.WORSE, Verdict.BETTER, Verdict.OPEN)}
+    named = {Verdict.WORSE: "ktlsd loses", Verdict.BETTER: "ktlsd wins", Verdict.OPEN: words.SPEED[Verdict.OPEN]}
+    sizes: dict[str, list[str]] = {said: [] for said in (*named.values(), _TOO_FEW)}
     for match in every:
-        sizes[match.outcome].append(words.size(match.size))
-    named = {Verdict.WORSE: "ktlsd loses for", Verdict.BETTER: "ktlsd wins for", Verdict.OPEN: "no difference can be told for"}
-    parts = [f"{named[outcome]} {', '.join(dict.fromkeys(those))}" for outcome, those in sizes.items() if those]
+        sizes[_TOO_FEW if match.undecided else named[match.outcome]].append(words.size(match.size))
+    parts = [f"{said} for {', '.join(dict.fromkeys(those))}" for said, those in sizes.items() if those]
     text = "; ".join(parts) + "."
     return text if text.startswith(US) else text[0].upper() + text[1:]
 

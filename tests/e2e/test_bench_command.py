@@ -1,6 +1,9 @@
 """`ktlsd bench` on the command line: what it refuses before it measures, and what it shows of what was measured."""
 
 import json
+import os
+import re
+import sys
 
 import msgspec
 import pytest
@@ -38,6 +41,39 @@ def test_misuse_is_told_before_a_minute_is_spent(tmp_path, arguments, says):
     done = ktlsd("bench", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
     assert says in done.stderr
+
+
+CRIPPLED = """\
+#!{python}
+import re, socket, ssl, sys
+if "-v" in sys.argv:
+    sys.exit("nginx version: nginx/1.30.0")
+told = open(sys.argv[sys.argv.index("-c") + 1]).read()
+host, port = re.search(r"listen ([^:]+):(\\d+)", told).groups()
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(*re.findall(r"ssl_certificate(?:_key)? (\\S+);", told))
+listener = socket.create_server((host, int(port)))
+while True:
+    try:
+        with context.wrap_socket(listener.accept()[0], server_side=True) as tls:
+            tls.recv(9999)
+            tls.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 100000\\r\\n\\r\\n" + bytes(100_000))
+            tls.unwrap()
+    except OSError:
+        pass
+"""
+
+
+def test_a_peer_that_sends_wrong_bytes_fails_the_run(tmp_path):
+    program = tmp_path / "nginx"
+    program.write_text(CRIPPLED.format(python=sys.executable))
+    program.chmod(0o755)
+    arguments = ["--quick", "--rounds", "1", "--size", "100000", "--protocol", "http/1.1", "--against", "nginx"]
+    done = ktlsd("bench", *arguments, cwd=tmp_path, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert "nginx: its 100000 bytes are not the file's" in done.stderr
+    assert "Failed:\n  - nginx, " in done.stdout
+    assert re.search(r"^ktlsd +user", done.stdout, re.MULTILINE), "the rest is measured"
 
 
 def test_two_results_are_compared(tmp_path):

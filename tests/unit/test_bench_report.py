@@ -257,6 +257,21 @@ def test_two_configurations_of_one_name_are_told_apart():
 # --- what must not be hidden ---
 
 
+def test_who_did_wrong_is_told_apart_from_who_is_not_there():
+    result = ways(failures=[Failure(OURS, "no such cipher"), Failure(NGINX, "sent 5 bytes of 1,024", wrong=True)])
+    text, page = report_text.render(result), report_html.render(result)
+    for shown in (text, page):
+        order = [shown.index(said) for said in ("Failed", "sent 5 bytes", "Not measured", "no such cipher")]
+        assert order == sorted(order)
+    assert "Failed" not in report_text.render(ways(failures=[Failure(OURS, "no such cipher")]))
+
+
+def test_too_few_rounds_are_not_called_no_difference():
+    finding = verdicts.findings(measured({(OURS, BIG): 1_300, (NGINX, BIG): 1_000}, rounds=3, noise=0.12))[1]
+    assert finding.answer == "Too few rounds to call it for 256 MiB."
+    assert finding.points[0].startswith("256 MiB: too few rounds to call it; 1.")
+
+
 def test_failures_notes_and_configurations_are_shown():
     result = ways(
         failures=[Failure(NGINX, "sent 5 bytes of 1,024")],
