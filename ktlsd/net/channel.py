@@ -137,14 +137,17 @@ class Channel(PlainChannel):
         have been told to the peer as an alert, if it could be.
         """
         session = self.session
+        if self._behind_finished:  # it waits inside since the handshake, and is older than TCP's end
+            self._behind_finished = False
+            if plain := self._decrypt(b""):
+                return plain
         for _ in range(RECEIVES):
             if session.peer_closed:
                 return b""
-            # What came behind the client's Finished waits inside since the handshake; it is older than TCP's end.
-            ciphertext = b"" if self._behind_finished else self._receive()
+            ciphertext = self._receive()
             if ciphertext is None:
                 return None
-            if not ciphertext and not self._behind_finished:
+            if not ciphertext:
                 raise PeerTruncated("TCP ended without close_notify")
             plain = self._decrypt(ciphertext)
             if plain:
@@ -153,7 +156,6 @@ class Channel(PlainChannel):
 
     def _decrypt(self, ciphertext: bytes) -> bytes:
         session = self.session
-        self._behind_finished = False
         try:
             plain = session.decrypt(ciphertext)
         except PeerError as exc:
@@ -161,7 +163,8 @@ class Channel(PlainChannel):
             raise
         if session.version == uapi.TLS_1_3_VERSION:
             before = session.key_updates
-            self._learn()
+            if self._keylog is not None:
+                self._learn()
             if session.key_updates != before:
                 self._answer_key_update()
         elif refusal := session.take_output():
@@ -202,6 +205,18 @@ class Channel(PlainChannel):
             if self._payload_left <= 0:
                 self._renew_keys()
         return sent
+
+    def try_send_whole(self, data: bytes, *, body_bytes: int) -> bool:
+        """Send a small response in one piece if it goes by userspace and nothing waits; False: nothing was accepted."""
+        tx = self._tx
+        if not isinstance(tx, UserspaceTx) or (not self.why_userspace and body_bytes >= self._policy.handover_bytes):
+            return False
+        if not tx.send_whole(data):
+            return False
+        self._payload_left -= len(data)
+        if self._payload_left <= 0:
+            self._renew_keys()
+        return True
 
     def _hand_over(self) -> None:
         """Give the kernel the keys; if it refuses, stay in userspace for good and remember why."""

@@ -73,11 +73,11 @@ class PlainChannel:
         "_ended",
         "_kernel",
         "_over",
-        "_readable",
         "_sock",
         "_tx",
         "expiring",
         "facts",
+        "has_input",
         "mode",
         "why_userspace",
     )
@@ -87,7 +87,7 @@ class PlainChannel:
         self._kernel = kernel
         self._tx: UserspaceTx | PlainTx = PlainTx(sock, kernel)
         self._closing = Closing.NO
-        self._readable = True  # the socket may hold input
+        self.has_input = True  # the socket may hold input: a call stopped because it had received enough, or was not made yet
         self._ended = False  # TCP's end, or an error, stands behind it
         self._over = False  # and has been read
         self.facts: Facts = _NoTls()
@@ -99,14 +99,9 @@ class PlainChannel:
         """The socket's descriptor, -1 once closed."""
         return self._sock.fileno()
 
-    @property
-    def has_input(self) -> bool:
-        """Whether a call stopped because it had received enough for one turn, and there may be more."""
-        return self._readable
-
     def note_input(self, *, ended: bool) -> None:
         """The poller saw an edge: there is input, and behind it the end if `ended`."""
-        self._readable = True
+        self.has_input = True
         self._ended = self._ended or ended
 
     def try_handshake(self) -> bool | None:
@@ -118,17 +113,21 @@ class PlainChannel:
         return self._receive()
 
     def _receive(self) -> bytes | None:
-        if not self._readable:
+        if not self.has_input:
             return None
         data = self._kernel.receive(self._sock, _RECEIVE)
         # A short read has emptied the socket, if not the end stands behind it; whatever comes later is a new edge.
         if data is None or (0 < len(data) < _RECEIVE and not self._ended):
-            self._readable = False
+            self.has_input = False
         return data
 
     def try_send(self, segments: Sequence[Outgoing], *, body_bytes: int = 0) -> int | None:
         """Send from the front of `segments`; return how many bytes were accepted, None if none could be."""
         return self._tx.send(segments)
+
+    def try_send_whole(self, data: bytes, *, body_bytes: int) -> bool:
+        """Send all of `data`, a response with so much body, if that is sure to go whole; False: nothing was accepted."""
+        return False
 
     def try_flush(self) -> bool:
         """Send on what was accepted and is still held here; whether nothing is. The kernel sends on by itself."""
@@ -164,7 +163,7 @@ class PlainChannel:
                 return False
             if not data:
                 self._over = True
-                self._readable = False
+                self.has_input = False
         return self._over
 
     def pace(self, rate: int | None) -> None:

@@ -12,13 +12,16 @@ from typing import Final, NamedTuple, Protocol
 _ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READABLE: Final = select.EPOLLIN | _ENDED
 _EDGES: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_NEVER: Final = float("inf")
 _MAX_WAIT: Final = 3600.0  # seconds
 
 
 class Source(Protocol):
     """Something with a descriptor and, perhaps, a moment at which it wants to be woken."""
 
-    deadline: float  # monotonic seconds, inf for none
+    @property
+    def deadline(self) -> float:
+        """Monotonic seconds, inf for none."""
 
     def fileno(self) -> int:
         """The descriptor, the same from `add` to `remove`."""
@@ -42,7 +45,7 @@ class Poller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._sources: dict[int, Source] = {}
+        self._sources: dict[int, Event] = {}  # with the event that is most frequent: input
         self._heap: list[tuple[float, int, int]] = []
         self._scheduled: dict[int, float] = {}  # fd -> the earliest heap entry's moment
         self._serial = 0
@@ -55,15 +58,19 @@ class Poller:
         fd = source.fileno()
         exclusive = select.EPOLLEXCLUSIVE if shared else 0
         self._epoll.register(fd, select.EPOLLIN | exclusive if level_triggered else _EDGES)
-        self._sources[fd] = source
+        self._sources[fd] = Event(source, readable=True)
         self.reschedule(source, fd)
 
     def remove(self, source: Source) -> None:
         """Stop watching a source that stays open."""
         fd = source.fileno()
-        if self._sources.get(fd) is source:
+        if self._of(fd) is source:
             self._epoll.unregister(fd)
             self.forget(fd)
+
+    def _of(self, fd: int) -> Source | None:
+        event = self._sources.get(fd)
+        return event.source if event is not None else None
 
     def forget(self, fd: int) -> None:
         """Let go of a source whose descriptor has been closed, which ended epoll's own watch."""
@@ -73,7 +80,7 @@ class Poller:
     def reschedule(self, source: Source, fd: int) -> None:
         """Take notice of a changed deadline. A later one costs nothing: the entry there moves on when it comes up."""
         deadline = source.deadline
-        if deadline < self._scheduled.get(fd, float("inf")):
+        if deadline < self._scheduled.get(fd, _NEVER):
             self._push(deadline, fd)
 
     def _push(self, deadline: float, fd: int) -> None:
@@ -92,11 +99,15 @@ class Poller:
         """Yield what `wait` returned and what is due, each source once; sources removed meanwhile are left out."""
         due = self._due(now)
         for fd, mask in ready:
-            source = self._sources.get(fd)
-            if source is not None:
-                yield Event(source, bool(mask & _READABLE), bool(mask & _ENDED), due.pop(fd, None) is not None)
+            usual = self._sources.get(fd)
+            if usual is None:
+                continue
+            if mask & _READABLE == select.EPOLLIN and not due:
+                yield usual
+            else:
+                yield Event(usual.source, mask & _READABLE != 0, mask & _ENDED != 0, due.pop(fd, None) is not None)
         for fd, source in due.items():
-            if self._sources.get(fd) is source:
+            if self._of(fd) is source:
                 yield Event(source, overdue=True)
 
     def _due(self, now: float) -> dict[int, Source]:
@@ -106,7 +117,7 @@ class Poller:
             if self._scheduled.get(fd) != moment:
                 continue
             del self._scheduled[fd]
-            source = self._sources[fd]
+            source = self._sources[fd].source
             if source.deadline <= now:
                 due[fd] = source
             else:

@@ -10,7 +10,7 @@ from typing import Final
 
 from ktlsd.errors import PeerError
 from ktlsd.net.gather import gather
-from ktlsd.net.kernel import IOV_MAX, Buffer, Kernel
+from ktlsd.net.kernel import IOV_MAX, Kernel
 from ktlsd.net.mappings import Mappings
 from ktlsd.slices import Outgoing
 from ktlsd.tls import records
@@ -41,7 +41,7 @@ class UserspaceTx:
         self._session = session
         self._kernel = kernel
         self._scratch = scratch
-        self._unsent: list[Buffer] = []  # ciphertext that OpenSSL has written and TCP has not taken
+        self._unsent: list[bytes | memoryview] = []  # ciphertext that OpenSSL has written and TCP has not taken
         self._burst = _BURST_MIN
         self._notified = False
 
@@ -52,9 +52,19 @@ class UserspaceTx:
         plain = gather(segments, self._scratch.view[: self._burst])
         if not plain:
             return 0
-        self._unsent = list(self._session.encrypt(plain))
+        self._unsent = [*self._session.encrypt(plain)]
         self._burst = min(self._burst * 2, _BURST_MAX) if self.flush() else _BURST_MIN
         return len(plain)
+
+    def send_whole(self, data: bytes) -> bool:
+        """Encrypt and send all of it, or nothing if older ciphertext still waits or it is too much to hold."""
+        if len(data) > _BURST_MAX or (self._unsent and not self.flush()):
+            return False
+        records = self._session.encrypt(data)
+        sent = self._kernel.send(self._sock, records, more=False)
+        if sent != len(records[0]) or len(records) > 1:
+            self._unsent = [memoryview(b"".join(records))[sent or 0 :]]
+        return True
 
     def queue(self, ciphertext: bytes) -> None:
         """Put a record that the session wrote by itself behind all others."""

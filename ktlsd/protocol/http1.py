@@ -78,6 +78,24 @@ class Http1Connection:
         return self._body is not None or (bool(self._buffer) and self._buffer != b"\r")
 
     @property
+    def at_rest(self) -> bool:
+        """Whether nothing is begun, owed or about to end: what comes next begins a request that isn't the last."""
+        return not (self._exchanges or self._buffer or self._body or self._refused or self._draining) and self._left > 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that came and is not answered is one request without a body, after which the connection goes on."""
+        if len(self._exchanges) != 1 or self._buffer or self._body is not None:
+            return False
+        return self._exchanges[0].keep_alive and not self._exchanges[0].http10
+
+    def answered(self, count: int) -> None:
+        """While it was `at_rest` a request came and was answered, with so many bytes, without passing here."""
+        self._left -= 1
+        self._next_id += 1
+        self.progress += count
+
+    @property
     def wants_input(self) -> bool:
         """Whether more input may be handed in; without it the peer has to wait (TCP's window fills).
 
@@ -357,17 +375,19 @@ class Http1Connection:
 
 def _head(response: Response, exchange: _Exchange) -> bytes:
     """Return status line, fields and the empty line; an interim 100 in front if the client waits for it."""
+    end = b"Transfer-Encoding: chunked\r\n" if exchange.chunked else b""
+    if not exchange.keep_alive:
+        end += b"Connection: close\r\n"
+    elif exchange.http10:
+        end += b"Connection: keep-alive\r\n"
+    head = write_head(response, end)
+    return _CONTINUE + head if exchange.continue_wanted and response.status < 400 else head
+
+
+def write_head(response: Response, end: bytes = b"") -> bytes:
+    """Return a response's head with the empty line; `end` is fields in the form they have on the wire."""
     lines = [b"HTTP/1.1 %d %s\r\n" % (response.status, reason_phrase(response.status).encode("ascii"))]
     lines += [b"%s: %s\r\n" % header for header in response.headers]
     if response.content_length is not None:
         lines.append(b"Content-Length: %d\r\n" % response.content_length)
-    if exchange.chunked:
-        lines.append(b"Transfer-Encoding: chunked\r\n")
-    if not exchange.keep_alive:
-        lines.append(b"Connection: close\r\n")
-    elif exchange.http10:
-        lines.append(b"Connection: keep-alive\r\n")
-    lines.append(b"\r\n")
-    if exchange.continue_wanted and response.status < 400:
-        lines.insert(0, _CONTINUE)
-    return b"".join(lines)
+    return b"".join((*lines, end, b"\r\n"))

@@ -27,6 +27,7 @@ from ktlsd.protocol.messages import Refused, Request, Response
 from ktlsd.server.board import Board, State
 from ktlsd.server.later import Later
 from ktlsd.server.metrics import READ_BUCKETS, Report, read_report
+from ktlsd.server.services import Answers
 
 _FRESH: Final = 5.0  # seconds
 # Counters: the name we count under -> (name, what it is, labels: the parts behind the colons).
@@ -71,7 +72,7 @@ _FROM_ZERO: Final = (
 )
 
 
-class MetricsPage:
+class MetricsPage(Answers):
     """Answers requests at the metrics listener."""
 
     def __init__(self, board: Board, policy: HandoverPolicy) -> None:

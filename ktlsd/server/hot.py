@@ -1,9 +1,10 @@
 """Answers to what is asked again and again: small files from memory, found by the whole request.
 
 A worker asked for the same small file thousands of times a second opens, looks at, plans and reads it each time. Here the
-second equal request (method, target, host, every field) within a second has its answer kept, and the file open. Before each
-use the open file is looked at: its inode's change time tells of changes, of a file moved over it, and of its end. What is
-decided elsewhere (a precompressed sibling that appears, a folder that is renamed) counts after a second at most.
+second equal request (method, target, host, every field) within a second has its answer kept, and the file open. Before it is
+used in a turn of the loop the open file is looked at: its inode's change time tells of changes, of a file moved over it, and of
+its end. What is decided elsewhere (a precompressed sibling that appears, a folder that is renamed) counts after a second at
+most. Whoever asks by HTTP/1.1 in the very same bytes has the answer as it goes out, and is not parsed.
 """
 
 import os
@@ -14,10 +15,11 @@ from typing import Final
 
 from ktlsd.errors import FileCold, FileTruncated, RequestError
 from ktlsd.net.gather import gather
+from ktlsd.protocol.http1 import write_head
 from ktlsd.protocol.messages import Headers, Refused, Request, Response
 from ktlsd.protocol.semantics import http_date
 from ktlsd.server.later import Later
-from ktlsd.server.services import Answers
+from ktlsd.server.services import Answers, Known
 from ktlsd.slices import FileSlice, OpenFile
 
 HOT_MAX: Final = 65_536  # bytes of a file
@@ -37,9 +39,17 @@ class _Hot:
     body: bytes
     headers: Headers  # without the first, Date
     until: float  # monotonic seconds
+    looked: float  # at the file, monotonic seconds
+    data: bytes = b""  # the request as it came by HTTP/1.1
+    known: Known | None = None  # how that is answered
+    second: int = 0  # since the epoch, that the answer names
+
+    def response(self, second: int) -> Response:
+        date = (b"Date", http_date(second))
+        return Response(200, [date, *self.headers], [self.body] if self.body else [], len(self.body))
 
 
-class HotResponses:
+class HotResponses(Answers):
     """Stands before a responder and answers what it can by itself. One worker's."""
 
     def __init__(self, responder: Answers) -> None:
@@ -47,20 +57,44 @@ class HotResponses:
         self._hot: OrderedDict[Key, _Hot] = OrderedDict()
         self._seen: set[int] = set()  # hashes of what was asked for once
         self._bytes = 0
+        self._by_data: dict[bytes, _Hot] = {}
+        self._now = 0.0  # monotonic seconds
+        self._second = 0  # since the epoch
+
+    def known(self, data: bytes, now: float) -> Known | None:
+        """Return the answer to a request of HTTP/1.1 that came before, byte for byte, if that is still right."""
+        hot = self._by_data.get(data)
+        if hot is None or hot.known is None:
+            return None
+        if now != self._now:
+            self._now, self._second = now, int(time.time())
+        if hot.looked != now:
+            if hot.until <= now or not _unchanged(hot.file):
+                return None  # who is asked now sees it, too, and forgets it
+            hot.looked = now
+        if hot.second != self._second:
+            hot.second = self._second
+            hot.known.wire = write_head(hot.response(self._second)) + hot.body
+        return hot.known
+
+    def recognise(self, data: bytes, request: Request | Refused) -> None:
+        """Say that this request came as these bytes."""
+        if isinstance(request, Request) and (hot := self._hot.get(_key(request))) is not None and not hot.data:
+            hot.data, hot.known, hot.second = data, Known(request, len(hot.body), b""), 0
+            self._by_data[data] = hot
 
     def respond(self, request: Request | Refused) -> Response | Later:
         """Return the response, or what has to be done first, in a thread."""
         if isinstance(request, Refused) or request.method != "GET":
             return self._responder.respond(request)
-        key = request.method, request.target, request.host, request.headers
+        key = _key(request)
         now = time.monotonic()
         while self._hot and next(iter(self._hot.values())).until <= now:  # the first is the oldest
             self._forget(next(iter(self._hot)))
         hot = self._hot.get(key)
         if hot is not None:
             if _unchanged(hot.file):
-                date = (b"Date", http_date(int(time.time())))
-                return Response(200, [date, *hot.headers], [hot.body] if hot.body else [], len(hot.body))
+                return hot.response(int(time.time()))
             self._forget(key)
         response = self._responder.respond(request)
         if isinstance(response, Response) and response.reusable:
@@ -91,20 +125,25 @@ class HotResponses:
             return
         if len(body) != part.length or not _unchanged(part.file):
             return
-        self._hot[key] = _Hot(part.file.hold(), body, response.headers[1:], time.monotonic() + _FOR)
-        self._bytes += part.length
+        self._hot[key] = _Hot(part.file.hold(), body, response.headers[1:], time.monotonic() + _FOR, 0.0)
+        self._bytes += 2 * part.length  # the answer, ready, is another copy
         while self._bytes > _MEMORY or len(self._hot) > _ENTRIES:
             self._forget(next(iter(self._hot)))
 
     def _forget(self, key: Key) -> None:
         hot = self._hot.pop(key)
-        self._bytes -= len(hot.body)
+        self._bytes -= 2 * len(hot.body)
+        self._by_data.pop(hot.data, None)
         hot.file.release()
 
     def close(self) -> None:
         """Let go of all files."""
         for key in list(self._hot):
             self._forget(key)
+
+
+def _key(request: Request) -> Key:
+    return request.method, request.target, request.host, request.headers
 
 
 def _unchanged(file: OpenFile) -> bool:

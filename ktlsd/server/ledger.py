@@ -25,13 +25,16 @@ class _Pending:
 class Ledger:
     """Requests by stream; an entry in the log when their response has ended."""
 
-    __slots__ = ("_access_log", "_client", "_metrics", "_pending")
+    __slots__ = ("_access_log", "_client", "_counter", "_logs", "_metrics", "_mode", "_pending")
 
     def __init__(self, access_log: AccessLog, metrics: Metrics, client: str) -> None:
         self._access_log = access_log
         self._metrics = metrics
         self._client = client
         self._pending: dict[int, _Pending] = {}
+        self._logs = access_log.enabled
+        self._mode: Mode | None = None
+        self._counter = ""
 
     def open(self, request: Request | Refused) -> None:
         """A request has come."""
@@ -52,11 +55,28 @@ class Ledger:
                 continue
             self._metrics.answering -= 1
             self._metrics.count(f"responses:{each.status}")
-            self._metrics.count(f"body_bytes:{channel.mode.value}:{channel.facts.alpn or 'http/1.1'}", each.body_bytes)
+            self._metrics.count(self._bytes_name(channel), each.body_bytes)
             if not each.complete:
                 self._metrics.count("responses_cut")
-            if self._access_log.enabled:
+            if self._logs:
                 self._log(pending, each, channel)
+
+    def answered(self, request: Request, body_bytes: int, channel: PlainChannel) -> None:
+        """A request came and was answered at once, with 200 and all of its body."""
+        counters = self._metrics.counters
+        counters["requests"] += 1
+        counters["responses:200"] += 1
+        counters[self._counter if channel.mode is self._mode else self._bytes_name(channel)] += body_bytes
+        if self._logs:
+            ended = Ended(request.stream_id, 200, body_bytes, complete=True)
+            self._log(_Pending(request, time.time()), ended, channel)
+
+    def _bytes_name(self, channel: PlainChannel) -> str:
+        """Return the counter of body bytes; it is made once for each mode."""
+        if self._mode is not channel.mode:
+            self._mode = channel.mode
+            self._counter = f"body_bytes:{channel.mode.value}:{channel.facts.alpn or 'http/1.1'}"
+        return self._counter
 
     def _log(self, pending: _Pending, ended: Ended, channel: PlainChannel) -> None:
         kernel = channel.mode is Mode.KERNEL

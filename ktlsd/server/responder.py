@@ -19,6 +19,7 @@ from ktlsd.protocol.messages import Refused, Request, Response
 from ktlsd.protocol.negotiation import choose_encoding, prefers_json
 from ktlsd.protocol.semantics import Path
 from ktlsd.server.later import Later
+from ktlsd.server.services import Answers
 from ktlsd.server.sites import Policy, Site, Sites, host_name
 from ktlsd.slices import OpenFile
 
@@ -32,7 +33,7 @@ _ASKABLE: Final = b"Authorization, If-Match, If-Modified-Since, If-None-Match, I
 _EXPOSED: Final = b"Accept-Ranges, Content-Encoding, Content-Length, Content-Range, ETag, Repr-Digest"
 
 
-class Responder:
+class Responder(Answers):
     """Answers requests from the sites. Total: `respond` always returns a response, or Later for one that takes longer."""
 
     def __init__(self, sites: Sites, *, hsts: bytes | None = None) -> None:
@@ -361,7 +362,7 @@ def _allow_origin(response: Response, request: Request, origins: frozenset[bytes
         )
 
 
-class Redirector:
+class Redirector(Answers):
     """Answers on a plain-text port: everything is at https, but what certificate authorities come to look for."""
 
     _CHALLENGE: Final = b".well-known", b"acme-challenge"  # RFC 8555 §8.3

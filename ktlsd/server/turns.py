@@ -5,61 +5,53 @@ single one. What is over waits here until the next round, behind those of the sa
 """
 
 from collections import deque
-from typing import Final
-
-from ktlsd.net.poller import Event, Source
+from typing import Final, Generic, Protocol, TypeVar
 
 _QUOTA: Final = 4 << 20  # bytes a client may send in a round
 _LEAST: Final = 65_536  # bytes that a turn counts for even if it sends nothing
 
 
-class Turns:
-    """Connections that have something to do, by client."""
+class Waiting(Protocol):
+    """Something that may have to wait for its turn. It remembers by itself what woke it."""
+
+    in_line: bool  # only `Turns` sets it
+
+
+_W = TypeVar("_W", bound=Waiting)
+
+
+class Turns(Generic[_W]):
+    """Connections that have something to do, by client, each of them once."""
 
     def __init__(self) -> None:
-        self._queues: dict[bytes, deque[Source]] = {}
-        self._events: dict[int, Event] = {}
+        self._lines: dict[bytes, deque[_W]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._events)
+        return bool(self._lines)
 
-    def add(self, client: bytes, event: Event) -> None:
+    def add(self, client: bytes, source: _W) -> None:
         """A connection of this client has something to do."""
-        fd = event.source.fileno()
-        before = self._events.get(fd)
-        if before is None or before.source is not event.source:
-            queue = self._queues.get(client)
-            if queue is None:
-                queue = self._queues[client] = deque()
-            queue.append(event.source)
-            self._events[fd] = event
+        if source.in_line:
             return
-        self._events[fd] = Event(
-            event.source,
-            before.readable or event.readable,
-            before.ended or event.ended,
-            before.overdue or event.overdue,
-        )
-
-    def forget(self, fd: int) -> None:
-        """Its connection has ended."""
-        self._events.pop(fd, None)
+        source.in_line = True
+        line = self._lines.get(client)
+        if line is None:
+            line = self._lines[client] = deque()
+        line.append(source)
 
     def clients(self) -> list[bytes]:
-        """Return who has something to do, for one round; `take` each one's events until its quota is spent."""
-        return list(self._queues)
+        """Return who has something to do, for one round; `take` each one's connections until its quota is spent."""
+        return list(self._lines)
 
-    def take(self, client: bytes) -> Event | None:
-        """Return this client's next event, None if there is none."""
-        queue = self._queues[client]
-        while queue:
-            source = queue.popleft()
-            event = self._events.get(source.fileno())
-            if event is not None and event.source is source:  # it may have ended, and its number be another's
-                del self._events[source.fileno()]
-                return event
-        del self._queues[client]
-        return None
+    def take(self, client: bytes) -> _W | None:
+        """Return this client's next connection, which may have ended meanwhile; None if there is none."""
+        line = self._lines[client]
+        if not line:
+            del self._lines[client]
+            return None
+        source = line.popleft()
+        source.in_line = False
+        return source
 
     @staticmethod
     def quota() -> int:

@@ -61,7 +61,7 @@ class Worker:
         self._scratch = Scratch()
         self._poller = Poller()
         self._entrance = Entrance(doors, self._poller, kernel, self._member, services)
-        self._turns = Turns()
+        self._turns: Turns[Connection] = Turns()
         self._connections: dict[int, Connection] = {}
         self._handshakes: dict[int, Connection] = {}  # those that are not through, the oldest first
         self._draining = False
@@ -86,10 +86,12 @@ class Worker:
             ready = self._poller.wait(now, min(until, self._scratch.mappings.sweep(now) or NEVER))
             now = time.monotonic()
             for event in self._poller.events(ready, now):
-                if isinstance(event.source, Connection):
-                    self._turns.add(event.source.guest.client, event)
-                elif isinstance(event.source, Listener | Arrival):
-                    for new in self._entrance.come_in(event.source, now, ended=event.ended):
+                source = event.source
+                if isinstance(source, Connection):
+                    source.note(event)
+                    self._turns.add(source.guest.client, source)
+                elif isinstance(source, Listener | Arrival):
+                    for new in self._entrance.come_in(source, now, ended=event.ended):
                         self._welcome(new, now)
                 else:
                     self._woken(event, now)
@@ -103,12 +105,18 @@ class Worker:
         """Have one client's connections do what they have to, as much as is its share of this round."""
         quota = self._turns.quota()
         while quota > 0:
-            event = self._turns.take(client)
-            if event is None:
+            connection = self._turns.take(client)
+            if connection is None:
                 return
-            connection = event.source
-            if isinstance(connection, Connection) and self._connections.get(connection.fileno()) is connection:
-                quota -= self._turns.cost(self._pump(connection, now, event))
+            spent = connection.answer_known(now)
+            if spent is None:  # else nothing but its deadline has changed, which is later now
+                if connection.has_ended:
+                    continue
+                self._pump(connection, now)
+                spent = connection.take_spent()
+            if self._shares is not None and spent:
+                self._shares.sent(client, connection.fileno(), spent)
+            quota -= self._turns.cost(spent)
 
     def _clock(self, now: float) -> None:
         """Everything that is due by the clock and not by a connection's deadline."""
@@ -164,7 +172,7 @@ class Worker:
         self._connections[fd] = connection
         self._handshakes[fd] = connection
         new.door.services.metrics.count("connections")
-        self._pump(connection, now, Event(connection, readable=True))
+        self._pump(connection, now)
         if len(self._handshakes) > self._limits.handshakes:
             oldest = next(iter(self._handshakes.values()))
             self._metrics.count("turned_away:handshakes")
@@ -184,11 +192,11 @@ class Worker:
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
-    def _pump(self, connection: Connection, now: float, event: Event) -> int:
-        """Move a connection on; return how many bytes it sent."""
+    def _pump(self, connection: Connection, now: float) -> None:
+        """Move a connection on."""
         fd = connection.fileno()
         try:
-            turn, complaint = connection.pump(now, event)
+            turn, complaint = connection.pump(now)
         except Exception:  # our bug: this connection ends, the worker lives
             _log.exception("bug: connection dropped")
             self._metrics.count("ended:bug")
@@ -196,25 +204,21 @@ class Worker:
             turn, complaint = Turn.CLOSED, None
         if complaint:
             _log.info("%s", complaint)
-        for stream_id, later in connection.take_jobs():
-            self._start(connection, stream_id, later, now)
-        if self._shares is not None and connection.spent:
-            self._shares.sent(connection.guest.client, fd, connection.spent)
-        if not connection.handshaking and fd in self._handshakes:
+        while job := connection.take_job():
+            self._start(connection, *job, now)
+        if fd in self._handshakes and not connection.handshaking:
             del self._handshakes[fd]
         if turn is Turn.CLOSED:
             self._ended(connection)
-            return connection.spent
+            return
         if turn is Turn.AGAIN:
-            self._turns.add(connection.guest.client, Event(connection))
+            self._turns.add(connection.guest.client, connection)
         self._poller.reschedule(connection, fd)
-        return connection.spent
 
     def _ended(self, connection: Connection) -> None:
         fd = connection.fileno()
         if self._connections.get(fd) is connection:
             self._poller.forget(fd)
-            self._turns.forget(fd)
             del self._connections[fd]
             self._handshakes.pop(fd, None)
             self._entrance.left(connection.guest, direct=connection.uncounted)
@@ -225,7 +229,7 @@ class Worker:
         """Have a thread do what an answer waits for; at the limit the client is asked to come again."""
         if not self._jobs.start(connection, stream_id, later):
             connection.resume(stream_id, now, refusal=RequestError(503, "The server is at its limit; try again in a moment."))
-            self._turns.add(connection.guest.client, Event(connection))
+            self._turns.add(connection.guest.client, connection)
 
     def _resume(self, now: float) -> None:
         for later, result, seconds, waiting in self._jobs.finished():
@@ -251,7 +255,7 @@ class Worker:
                     connection.shut()
                     self._ended(connection)
                     continue
-                self._turns.add(connection.guest.client, Event(connection))
+                self._turns.add(connection.guest.client, connection)
 
     # --- being told ------------------------------------------------------------------------------------------------
 
@@ -294,7 +298,7 @@ class Worker:
             _log.info("stopping: %d connections left", len(self._connections))
         for connection in list(self._connections.values()):
             connection.drain(gently=gently)
-            self._turns.add(connection.guest.client, Event(connection))
+            self._turns.add(connection.guest.client, connection)
 
     def _end_all(self, why: str) -> None:
         self._drain_until = NEVER

@@ -12,6 +12,7 @@ CHANGE_CIPHER_SPEC: Final = 20
 ALERT: Final = 21
 HANDSHAKE: Final = 22
 APPLICATION_DATA: Final = 23
+_APPLICATION_DATA: Final = b"\x17"
 
 HEADER_LENGTH: Final = 5  # content type, version, length of what follows
 MAX_PLAINTEXT: Final = 16_384  # RFC 8446 §5.1
@@ -59,6 +60,17 @@ class OutgoingRecords:
 
     def feed(self, ciphertext: bytes) -> None:
         """Account for bytes that leave."""
+        length = len(ciphertext)
+        if (  # one record, whole: mostly it is
+            self._protected
+            and not self._partial
+            and ciphertext[:1] == _APPLICATION_DATA
+            and length > HEADER_LENGTH
+            and HEADER_LENGTH + (ciphertext[3] << 8 | ciphertext[4]) == length
+        ):
+            self.count += 1
+            self._explicit_nonce = ciphertext[5:13]
+            return
         data = self._partial + ciphertext if self._partial else ciphertext
         at, end = 0, len(data)
         while end - at >= HEADER_LENGTH:

@@ -191,7 +191,10 @@ class Session:
         userspace mode.
         """
         incoming = self._incoming
-        self._put(ciphertext)
+        if self._held_in or incoming.pending or self._outgoing.pending:
+            self._put(ciphertext)
+        else:
+            incoming.write(ciphertext)
         plain = b""
         try:
             while incoming.pending and not self.peer_closed:
@@ -207,7 +210,8 @@ class Session:
         except ssl.SSLError as exc:
             raise _record_error(exc, self._take()) from exc
         finally:
-            self._keep()
+            if incoming.pending or self._outgoing.pending:
+                self._keep()
         self._idle_input = 0 if plain else self._idle_input + len(ciphertext)
         if self._idle_input > _IDLE_INPUT_MAX or len(self._held_out) > _HELD_OUT_MAX:
             raise UnexpectedMessage("KeyUpdates, and nothing else")
@@ -226,17 +230,20 @@ class Session:
         """
         out = []
         try:
-            for at in range(0, len(plaintext), _STEP):
-                self._ssl.write(plaintext[at : at + _STEP])
-                out.append(self._take())
+            if len(plaintext) <= _STEP:
+                self._ssl.write(plaintext)
+                out.append(self._take() if self._held_out else self._outgoing.read())
+            else:
+                for at in range(0, len(plaintext), _STEP):
+                    self._ssl.write(plaintext[at : at + _STEP])
+                    out.append(self._take())
         except BaseException as exc:  # whatever it is: nothing may stay in what others use, too
             self._take()
             if not isinstance(exc, ssl.SSLError):
                 raise
             raise RecordError(f"OpenSSL can't encrypt any more: {exc.reason}") from exc
-        feed = self._records.feed
         for piece in out:
-            feed(piece)
+            self._records.feed(piece)
         return out
 
     def close_notify(self) -> bytes:

@@ -1,13 +1,16 @@
 """Answers kept for a moment are those that would be made anew, whatever happens to the file."""
 
 import os
+import re
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.messages import Request, Response
+from ktlsd.protocol.semantics import http_date
 from ktlsd.server import hot as module
 from ktlsd.server.auth import hash_password
 from ktlsd.server.hot import HotResponses
@@ -155,10 +158,10 @@ def test_it_holds_no_more_files_and_bytes_than_it_may(world, monkeypatch):
         for number in range(10):
             world.ask(b"/%d" % number)
     assert len(world.hot._hot) == 4
-    monkeypatch.setattr(module, "_MEMORY", 2_000)
+    monkeypatch.setattr(module, "_MEMORY", 4_000)  # each answer twice: its body, and how it goes out
     for _ in range(2):
         world.ask(b"/1?fresh")
-    assert (len(world.hot._hot), world.hot._bytes) == (2, 2_000)
+    assert (len(world.hot._hot), world.hot._bytes) == (2, 4_000)
     files = len(os.listdir("/proc/self/fd"))
     world.hot.close()
     assert len(os.listdir("/proc/self/fd")) == files - 2
@@ -175,3 +178,102 @@ def test_large_files_are_not_kept(world):
         hot, plain = world.ask(b"/large")
         assert hot == plain
     assert not world.hot._hot
+
+
+def asked(target=b"/file", *fields):
+    lines = [b"GET " + target + b" HTTP/1.1", b"Host: localhost", *fields]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+class Wire:
+    """A client of HTTP/1.1 with a connection to a responder that keeps answers, and one to the same that doesn't."""
+
+    def __init__(self, world):
+        self.world = world
+        self.now = 0.0
+        self.known = 0
+
+    def ask(self, data):
+        """Both answers without their Date, as they go out."""
+        self.now = time.monotonic()
+        known = self.world.hot.known(data, self.now)
+        if known is None:
+            kept = self._through(self.world.hot, data, tell=True)
+        else:
+            self.known += 1
+            kept = known.wire
+            assert known.body_bytes == len(kept.partition(b"\r\n\r\n")[2])
+        return [re.sub(rb"Date: [^\r]*", b"", each) for each in (kept, self._through(self.world.plain, data))]
+
+    def _through(self, responder, data, *, tell=False):
+        connection = Http1Connection()
+        (request,) = connection.receive(data)
+        connection.respond(request.stream_id, responder.respond(request))
+        if tell and connection.is_plain:
+            responder.recognise(data, request)
+        out = b"".join(
+            part if isinstance(part, bytes) else os.pread(part.file.fd, part.length, part.offset)
+            for part in connection.next_output(1 << 20)
+        )
+        connection.abandon()
+        return out
+
+
+def test_the_same_bytes_get_the_same_bytes(world):
+    wire = Wire(world)
+    for _ in range(6):
+        kept, made = wire.ask(asked())
+        assert kept == made
+    assert wire.known == 4, "from the third on"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_counts_with_the_next_request_in_the_same_bytes(world, change):
+    wire = Wire(world)
+    for _ in range(3):
+        wire.ask(asked())
+    assert wire.known
+    time.sleep(0.02)
+    CHANGES[change](world.folder / "file")
+    kept, made = wire.ask(asked())
+    assert kept == made
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        asked(b"/file", b"Connection: close"),
+        asked().replace(b"HTTP/1.1", b"HTTP/1.0"),
+        asked().replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host", b"Connection: keep-alive\r\nHost"),
+        asked().replace(b"GET", b"HEAD"),
+        asked(b"/file", b"Content-Length: 0"),
+        asked(b"/file", b"Range: bytes=0-1"),
+        asked(b"/gone"),
+        asked(b"/"),
+    ],
+)
+def test_what_is_not_plain_is_not_known_by_its_bytes(world, data):
+    wire = Wire(world)
+    for _ in range(4):
+        kept, made = wire.ask(data)
+        assert kept == made
+    assert not wire.known or b"Content-Length: 0" in data
+
+
+def test_what_is_known_names_the_present_second(world, monkeypatch):
+    wire = Wire(world)
+    for _ in range(3):
+        wire.ask(asked())
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 7)
+    known = world.hot.known(asked(), time.monotonic())
+    assert b"Date: " + http_date(int(time.time())) in known.wire
+
+
+def test_what_is_forgotten_is_not_known(world):
+    wire = Wire(world)
+    for _ in range(3):
+        wire.ask(asked())
+    world.hot.close()
+    assert world.hot.known(asked(), time.monotonic()) is None
+    assert not world.hot._by_data

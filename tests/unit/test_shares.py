@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktlsd.net.poller import Event
 from ktlsd.server.shares import Shares, fair_level
 from ktlsd.server.turns import Turns
 
@@ -77,9 +76,7 @@ def test_where_there_is_room_nobody_is_held_back():
 class Source:
     def __init__(self, fd):
         self.fd = fd
-
-    def fileno(self):
-        return self.fd
+        self.in_line = False
 
 
 def served(turns, cost):
@@ -87,8 +84,8 @@ def served(turns, cost):
     had = {}
     for client in turns.clients():
         quota = turns.quota()
-        while quota > 0 and (event := turns.take(client)) is not None:
-            had.setdefault(client, []).append(event.source.fileno())
+        while quota > 0 and (source := turns.take(client)) is not None:
+            had.setdefault(client, []).append(source.fd)
             quota -= turns.cost(cost)
     return had
 
@@ -96,8 +93,8 @@ def served(turns, cost):
 def test_one_connection_has_as_much_of_the_loop_as_five_hundred():
     turns = Turns()
     for fd in range(500):
-        turns.add(b"crawler", Event(Source(fd)))
-    turns.add(b"one", Event(Source(1000)))
+        turns.add(b"crawler", Source(fd))
+    turns.add(b"one", Source(1000))
     had = served(turns, 4 << 20)
     assert (len(had[b"crawler"]), had[b"one"]) == (1, [1000])
     assert served(turns, 4 << 20)[b"crawler"] == [1], "the next one: those that had their turn stand behind"
@@ -106,27 +103,17 @@ def test_one_connection_has_as_much_of_the_loop_as_five_hundred():
 def test_small_things_of_one_client_are_done_in_one_round():
     turns = Turns()
     for fd in range(16):
-        turns.add(b"one", Event(Source(fd)))
+        turns.add(b"one", Source(fd))
     assert served(turns, 10_000)[b"one"] == list(range(16))
     assert not turns
 
 
-def test_events_of_a_connection_that_waits_for_its_turn_are_put_together():
+def test_a_connection_stands_in_line_once_and_again_after_its_turn():
     turns, source = Turns(), Source(1)
-    turns.add(b"one", Event(source, readable=True))
-    turns.add(b"one", Event(source, ended=True))
-    turns.add(b"one", Event(source, overdue=True))
-    event = turns.take(b"one")
-    assert (event.readable, event.ended, event.overdue) == (True, True, True)
+    turns.add(b"one", source)
+    turns.add(b"one", source)
+    assert turns.take(b"one") is source
+    turns.add(b"one", source)
+    assert turns.take(b"one") is source
     assert turns.take(b"one") is None
-
-
-def test_a_connection_that_has_ended_has_no_turn_any_more_and_its_number_may_be_used_again():
-    turns = Turns()
-    turns.add(b"one", Event(Source(1)))
-    turns.forget(1)
     assert not turns
-    again = Source(1)
-    turns.add(b"two", Event(again))
-    assert turns.take(b"one") is None
-    assert turns.take(b"two").source is again

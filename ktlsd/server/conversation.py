@@ -1,0 +1,284 @@
+"""Requests and their answers on one established connection: output first, then input, as far as it goes without waiting."""
+
+from typing import Final
+
+from ktlsd.errors import (
+    FileCold,
+    FileTruncated,
+    Http2Error,
+    PeerError,
+    PeerTruncated,
+    RequestError,
+    UnexpectedMessage,
+)
+from ktlsd.net.plain import PlainChannel
+from ktlsd.protocol.budgets import Allowance
+from ktlsd.protocol.http1 import Http1Connection
+from ktlsd.protocol.http2 import Http2Connection
+from ktlsd.protocol.messages import Refused, Request
+from ktlsd.server.later import Later, read_ahead
+from ktlsd.server.ledger import Ledger
+from ktlsd.server.patience import Patience
+from ktlsd.server.services import Services
+
+_BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs
+_RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
+_KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
+
+
+class Conversation:
+    """HTTP with one client. Belongs to a connection, which knows how it began and ends it when `is_over`."""
+
+    __slots__ = (
+        "_channel", "_failure", "_faulted", "_http", "_http1", "_key_updates", "_key_updates_seen", "_ledger", "_mode",
+        "_patience", "_sent", "_services", "complaint", "jobs", "spent",
+    )  # fmt: skip
+
+    def __init__(self, channel: PlainChannel, services: Services, patience: Patience, client: str) -> None:
+        limits = services.limits
+        self._channel = channel
+        self._services = services
+        self._patience = patience
+        self._ledger = Ledger(services.access_log, services.metrics, client)
+        self._mode = channel.mode
+        self._http1: Http1Connection | None = None
+        if channel.facts.alpn == "h2":
+            self._http: Http1Connection | Http2Connection
+            self._http = Http2Connection(limits.requests_per_connection, limits.progress_timeout)
+            services.metrics.count("connections_http2")
+        else:
+            self._http = self._http1 = Http1Connection(max_requests=limits.requests_per_connection)
+        self._key_updates = Allowance(_KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
+        self._key_updates_seen = 0
+        self._faulted = False
+        self._failure: PeerError | None = None  # what the short way ended with
+        self._sent = 0  # bytes that the channel has accepted
+        self.spent = 0  # of them since somebody asked
+        self.complaint: PeerError | FileTruncated | None = None  # what the log is to say and the connection survives
+        self.jobs: list[tuple[int, Later]] = []  # what threads must do before these streams go on; then `resume` or `go_on`
+
+    # --- the short way ---------------------------------------------------------------------------------------------
+
+    def answer_known(self, now: float) -> int | None:
+        """Answer requests that came before, byte for byte, with what was kept: return how many bytes that were.
+
+        None: there is more to do than that, `pump` has to follow.
+        """
+        http, channel, services = self._http1, self._channel, self._services
+        if http is None:
+            return None
+        spent = 0
+        try:
+            for _ in range(_RECEIVES):
+                if not http.at_rest:
+                    break
+                data = channel.try_receive()
+                if not data or channel.facts.key_updates != self._key_updates_seen:
+                    self._received(data, now)
+                    break
+                known = services.responder.known(data, now)
+                if known is None or not channel.try_send_whole(known.wire, body_bytes=known.body_bytes):
+                    self._understand(data, now)
+                    break
+                count = len(known.wire)
+                http.answered(count)
+                self._ledger.answered(known.request, known.body_bytes, channel)
+                spent += count
+                self._patience.rested(now)
+                if not channel.has_input:
+                    if channel.expiring:
+                        break
+                    self._sent += spent
+                    return spent
+        except PeerTruncated:
+            http.end_of_input()
+        except PeerError as error:
+            self._failure = error
+        self._sent += spent
+        self.spent += spent
+        return None
+
+    # --- every other way -------------------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything has been said."""
+        return self._http.closing
+
+    def pump(self, now: float) -> bool:
+        """Output, then input, until neither moves; True if the turn's budget ended it. Raises PeerError, FileTruncated."""
+        if self._failure is not None:
+            raise self._failure
+        http, channel = self._http, self._channel
+        spent = received = 0
+        blocked = False
+        channel.try_flush()  # the end of a response may still be held there when HTTP has nothing more to send
+        while True:
+            while segments := http.next_output(_BUDGET):
+                try:
+                    sent = channel.try_send(segments, body_bytes=http.body_bytes)
+                except FileCold as cold:
+                    self.jobs.append((http.hold(), read_ahead(cold)))
+                    self._services.metrics.count("cold_reads")
+                    continue
+                except FileTruncated as error:
+                    if not http.file_failed():
+                        raise
+                    self._complain(error, "stream_ended")
+                    continue
+                blocked = sent is None
+                if sent is None:
+                    break
+                self._ledger.close(http.sent(sent), channel)
+                self._sent += sent
+                self.spent += sent
+                if self._patience.moves(http):
+                    self._achieved(now)
+                spent += sent
+                if spent >= _BUDGET or http.working:
+                    self._take_input(now)  # and then the others
+                    return True
+            if http.working and not blocked:
+                self._take_input(now)
+                self._achieved(now)
+                return True
+            if ended := http.sent(0):  # without a last piece, or reset
+                self._ledger.close(ended, channel)
+                continue
+            if channel.expiring:
+                http.drain()
+            if http.fault is not None and not self._faulted:
+                self._faulted = True
+                self._complain(http.fault)
+            if http.closing:
+                return False
+            if not self._take_input(now):
+                if channel.expiring and not (http.busy or http.closing or http.leaving or http.head_begun):
+                    continue  # a KeyUpdate came that can't be answered, and nothing is owed: end it now
+                return channel.has_input and http.wants_input
+            received += 1
+            if received >= _RECEIVES:
+                return True
+
+    def _take_input(self, now: float) -> bool:
+        """Receive once and answer what became whole; False if nothing new came."""
+        http = self._http
+        requests = http.receive(b"", now) if http.head_begun else []
+        if requests:
+            for request in requests:
+                self._answer(request, now)
+            return True
+        if not http.wants_input:
+            return False
+        try:
+            data = self._channel.try_receive()
+        except PeerTruncated:
+            data = b""  # a client may have closed its side only; if it is gone altogether, sending will tell
+        return self._received(data, now)
+
+    def _received(self, data: bytes | None, now: float) -> bool:
+        """Answer what became whole by `data`, b"" for the client's end, None for nothing; False if nothing new came."""
+        if self._channel.facts.key_updates != self._key_updates_seen:
+            self._count_key_updates(now)
+        if data:
+            self._understand(data, now)
+        elif data is not None:
+            self._http.end_of_input()
+        return data is not None
+
+    def _count_key_updates(self, now: float) -> None:
+        """`_KEY_UPDATES_PER_SECOND` may come at once, and as many again with every second."""
+        new = self._channel.facts.key_updates - self._key_updates_seen
+        self._key_updates_seen += new
+        self._services.metrics.count("key_updates", new)
+        if not self._key_updates.spend(now, new):
+            error = UnexpectedMessage(f"more than {_KEY_UPDATES_PER_SECOND} KeyUpdates a second")
+            self._channel.say_goodbye(error)
+            raise error
+
+    def _understand(self, data: bytes, now: float) -> None:
+        http = self._http
+        begun = http.head_begun
+        requests = http.receive(data, now)
+        if not begun and not requests and http.head_begun and not http.busy:
+            self._achieved(now)
+        for request in requests:
+            self._answer(request, now)
+            if self._http1 is not None and not begun and self._http1.is_plain:
+                self._services.responder.recognise(data, request)
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def _answer(self, request: Request | Refused, now: float) -> None:
+        self._ledger.open(request)
+        if self._services.metrics.answering > self._services.limits.responses:
+            self._services.metrics.count("turned_away:responses")
+            error = RequestError(503, "The server is at its limit; try again in a moment.")
+            self._http.respond(request.stream_id, self._services.responder.refuse(request, error))
+            self._achieved(now)
+        else:
+            self._respond(request, now)
+
+    def _respond(self, request: Request | Refused, now: float) -> None:
+        response = self._services.responder.respond(request)
+        if isinstance(response, Later):
+            self.jobs.append((request.stream_id, response))
+        else:
+            self._http.respond(request.stream_id, response)
+        self._achieved(now)
+
+    def go_on(self, stream_id: int) -> None:
+        """What a response was waiting for has been read. Pump afterwards."""
+        self._http.release(stream_id)
+
+    def resume(self, stream_id: int, now: float, refusal: RequestError | None) -> None:
+        """A job is done, or could not be: answer the request, if its stream is still there. Pump afterwards."""
+        request = self._ledger.request(stream_id)
+        if request is None:
+            return
+        if refusal is None:
+            self._respond(request, now)
+        else:
+            self._http.respond(stream_id, self._services.responder.refuse(request, refusal))
+
+    def _achieved(self, now: float) -> None:
+        if self._channel.mode is not self._mode:
+            self._mode = self._channel.mode
+            self._services.metrics.count("handovers")
+        self._patience.achieved(self._http, now)
+
+    # --- its end ---------------------------------------------------------------------------------------------------
+
+    def overdue(self, now: float) -> None:
+        """A deadline passed: answer 408 if a request was begun, else end it. Raises Overdue."""
+        http = self._http
+        if http.owes_work:
+            self._patience.excuse(now)
+        elif self._patience.lasts(http, self._channel, self._sent, now):
+            pass
+        elif http.head_begun:
+            for refused in http.give_up(RequestError(408, "The request did not arrive in time.")):
+                self._answer(refused, now)
+        else:
+            http.end_of_input()
+            self._services.metrics.count("closed_idle")
+
+    def drain(self, *, gently: bool) -> None:
+        """End when what was asked is answered; `gently`: a client that is idle may ask once more. Pump afterwards."""
+        self._http.drain(one_more=gently)
+
+    def abandon(self) -> bool:
+        """Give up the responses that are not complete, log them as such; whether there were any."""
+        left = self._http.abandon()
+        self._ledger.close(left, self._channel)
+        return any(not each.complete for each in left)
+
+    def _complain(self, error: PeerError | FileTruncated, what: str = "ended") -> None:
+        count_error(self._services, error, what)
+        self.complaint = error
+
+
+def count_error(services: Services, error: PeerError | FileTruncated, what: str = "ended") -> None:
+    """Count what somebody was at fault with."""
+    name = f"{type(error).__name__}:{error.code}" if isinstance(error, Http2Error) else type(error).__name__
+    services.metrics.count(f"{what}:{name}")
