@@ -107,6 +107,8 @@ class Channel(PlainChannel):
         self.mode = Mode.USERSPACE
         if not self.why_userspace:
             self.why_userspace = self._reason_against()
+        if self.why_userspace:
+            self.session.keep_keys()
         self._payload_left = self._key_limit()
 
     def _learn(self) -> None:
@@ -226,6 +228,7 @@ class Channel(PlainChannel):
             handover.install(self._kernel, self._sock, info)
         except HandoverError as exc:
             self.why_userspace = exc.reason
+            self.session.keep_keys()
             return
         scratch, framing = self._scratch, self._policy.framing
         self._tx = KernelTx(self._sock, self.session, self._kernel, scratch, framing, info=info, taken_before=taken)

@@ -89,11 +89,12 @@ class Http1Connection:
             return False
         return self._exchanges[0].keep_alive and not self._exchanges[0].http10
 
-    def answered(self, count: int) -> None:
-        """While it was `at_rest` a request came and was answered, with so many bytes, without passing here."""
+    def answered(self, count: int) -> bool:
+        """Account for a request that came while it was `at_rest`, and its answer of so many bytes; whether it still is."""
         self._left -= 1
         self._next_id += 1
         self.progress += count
+        return self._left > 1
 
     @property
     def wants_input(self) -> bool:

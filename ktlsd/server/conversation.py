@@ -31,7 +31,7 @@ class Conversation:
 
     __slots__ = (
         "_channel", "_failure", "_faulted", "_http", "_http1", "_key_updates", "_key_updates_seen", "_ledger", "_mode",
-        "_patience", "_sent", "_services", "complaint", "jobs", "spent",
+        "_patience", "_rests", "_sent", "_services", "complaint", "jobs", "spent",
     )  # fmt: skip
 
     def __init__(self, channel: PlainChannel, services: Services, patience: Patience, client: str) -> None:
@@ -48,6 +48,7 @@ class Conversation:
             services.metrics.count("connections_http2")
         else:
             self._http = self._http1 = Http1Connection(max_requests=limits.requests_per_connection)
+        self._rests = self._http1 is not None  # HTTP/1.1, and it stands between two requests
         self._key_updates = Allowance(_KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
         self._key_updates_seen = 0
         self._faulted = False
@@ -64,14 +65,13 @@ class Conversation:
 
         None: there is more to do than that, `pump` has to follow.
         """
-        http, channel, services = self._http1, self._channel, self._services
-        if http is None:
+        if not self._rests:
             return None
+        http, channel, services = self._http1, self._channel, self._services
+        assert http is not None
         spent = 0
         try:
             for _ in range(_RECEIVES):
-                if not http.at_rest:
-                    break
                 data = channel.try_receive()
                 if not data or channel.facts.key_updates != self._key_updates_seen:
                     self._received(data, now)
@@ -81,19 +81,19 @@ class Conversation:
                     self._understand(data, now)
                     break
                 count = len(known.wire)
-                http.answered(count)
-                self._ledger.answered(known.request, known.body_bytes, channel)
                 spent += count
+                self._ledger.answered(known.request, known.body_bytes, channel)
                 self._patience.rested(now)
+                if not http.answered(count) or channel.expiring:
+                    break
                 if not channel.has_input:
-                    if channel.expiring:
-                        break
                     self._sent += spent
                     return spent
         except PeerTruncated:
             http.end_of_input()
         except PeerError as error:
             self._failure = error
+        self._rests = False  # until `pump` finds that it does
         self._sent += spent
         self.spent += spent
         return None
@@ -109,6 +109,11 @@ class Conversation:
         """Output, then input, until neither moves; True if the turn's budget ended it. Raises PeerError, FileTruncated."""
         if self._failure is not None:
             raise self._failure
+        again = self._pump(now)
+        self._rests = not again and self._http1 is not None and self._http1.at_rest
+        return again
+
+    def _pump(self, now: float) -> bool:
         http, channel = self._http, self._channel
         spent = received = 0
         blocked = False
@@ -252,6 +257,7 @@ class Conversation:
     def overdue(self, now: float) -> None:
         """A deadline passed: answer 408 if a request was begun, else end it. Raises Overdue."""
         http = self._http
+        self._rests = False
         if http.owes_work:
             self._patience.excuse(now)
         elif self._patience.lasts(http, self._channel, self._sent, now):
@@ -265,6 +271,7 @@ class Conversation:
 
     def drain(self, *, gently: bool) -> None:
         """End when what was asked is answered; `gently`: a client that is idle may ask once more. Pump afterwards."""
+        self._rests = False
         self._http.drain(one_more=gently)
 
     def abandon(self) -> bool:

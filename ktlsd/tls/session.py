@@ -44,6 +44,7 @@ class Session:
 
     __slots__ = (
         "_client_hello",
+        "_counts",
         "_held_in",
         "_held_out",
         "_idle_input",
@@ -72,6 +73,7 @@ class Session:
         self._client_hello = Hello(CLIENT_HELLO)
         self._server_hello = Hello(SERVER_HELLO)
         self._records = OutgoingRecords()
+        self._counts = True  # records, because its keys may be exported
         self._secret: bytes | None = None  # TLS 1.3: the server's traffic secret; TLS 1.2: the master secret
         self.established = False
         self.peer_closed = False
@@ -151,7 +153,7 @@ class Session:
             if self._client_hello.random is not None and client_random != self._client_hello.random:
                 continue
             if label in (keylog.MASTER, keylog.SERVER_TRAFFIC):
-                self._secret = secret
+                self._secret = secret if self._counts else None
             elif label == keylog.CLIENT_UPDATED:
                 self.key_updates += 1
 
@@ -242,8 +244,9 @@ class Session:
             if not isinstance(exc, ssl.SSLError):
                 raise
             raise RecordError(f"OpenSSL can't encrypt any more: {exc.reason}") from exc
-        for piece in out:
-            self._records.feed(piece)
+        if self._counts:
+            for piece in out:
+                self._records.feed(piece)
         return out
 
     def close_notify(self) -> bytes:
@@ -259,6 +262,10 @@ class Session:
         return out
 
     # --- keys ------------------------------------------------------------------------------------------------------
+
+    def keep_keys(self) -> None:
+        """Say that its keys will never be exported: from now on it doesn't know its secret, nor count records."""
+        self._counts, self._secret = False, None
 
     @property
     def exportable(self) -> bool:
@@ -303,6 +310,8 @@ class Session:
 
     def advance_tx(self, generations: int = 1) -> None:
         """Go on by so many generations of our direction's secret, to record number 0 (RFC 8446 §7.2)."""
+        if not self._counts:
+            return
         assert self.suite is not None
         assert self._secret is not None
         for _ in range(generations):
