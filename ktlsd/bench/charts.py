@@ -2,6 +2,7 @@
 
 Colour says who encrypts, and so does every label: blue and vermilion are told apart with any colour blindness (M. Okabe and
 K. Ito, Color Universal Design), and by their lightness on paper. What has the same colour differs in marker and dashes.
+Lines of several servers have a colour for each server: ten of one colour can't be told apart.
 """
 
 import math
@@ -14,8 +15,17 @@ from ktlsd.bench.report import Group, Row
 from ktlsd.bench.result import Tls
 from ktlsd.bench.stats import Interval
 
-COLOURS: Final[dict[Tls, str]] = {"none": "#6e7781", "userspace": "#d55e00", "kernel": "#0072b2"}
-COLOURS_DARK: Final[dict[Tls, str]] = {"none": "#9aa4ae", "userspace": "#f0883e", "kernel": "#56b4e9"}
+COLOURS: Final = {
+    "none": "#6e7781", "userspace": "#d55e00", "kernel": "#0072b2",
+    "server-0": "#0072b2", "server-1": "#d55e00", "server-2": "#00805d", "server-3": "#a8457f", "server-4": "#8a6100",
+    "server-5": "#2a8fc9", "server-6": "#6e7781", "server-7": "#7a5ad0", "server-8": "#1f2328",
+}  # fmt: skip
+COLOURS_DARK: Final = {
+    "none": "#9aa4ae", "userspace": "#f0883e", "kernel": "#56b4e9",
+    "server-0": "#56b4e9", "server-1": "#f0883e", "server-2": "#2fc79a", "server-3": "#e08fc0", "server-4": "#e0b23c",
+    "server-5": "#a5d8ff", "server-6": "#9aa4ae", "server-7": "#b9a3ff", "server-8": "#e6edf3",
+}  # fmt: skip
+_SERVERS: Final = sum(name.startswith("server-") for name in COLOURS)
 _TICKS: Final = 5  # so many at most, 0 aside
 
 
@@ -42,10 +52,10 @@ class BarChart:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One subject against size: (bytes of a transfer, MB/s), and the how manieth it is of its colour."""
+    """One subject against size: (bytes of a transfer, MB/s), and the how manieth it is of its colour (one of COLOURS)."""
 
     label: str
-    tls: Tls
+    colour: str
     number: int
     points: tuple[tuple[int, Interval], ...]
 
@@ -90,13 +100,16 @@ def against_size(together: Sequence[Group]) -> LineChart | None:
         return None
     lines: list[Line] = []
     rows = [(group.load.size, row) for group in together for row in group.rows]
+    servers = list(dict.fromkeys(row.subject.name for _, row in rows if row.subject.protocol != "raw"))
     for subject in dict.fromkeys(row.subject for _, row in rows):
         points = [(size, scaled(row.speed, 1e-6)) for size, row in rows if row.subject == subject and row.speed]
         points = [(size, speed) for size, speed in points if speed.low > 0]  # has no place on a logarithmic axis
         label = max((_label(row) for _, row in rows if row.subject == subject), key=len)  # the one that says "not", if any does
         if points:
-            number = sum(line.tls == subject.tls for line in lines)
-            lines.append(Line(label, subject.tls, number, tuple(points)))
+            several = len(servers) > 1 and subject.name in servers
+            colour = f"server-{servers.index(subject.name) % _SERVERS}" if several else subject.tls
+            number = sum(line.colour == colour for line in lines)
+            lines.append(Line(label, colour, number, tuple(points)))
     return LineChart(f"Throughput against size: {words.condition(together[0].load)}", sizes, tuple(lines)) if lines else None
 
 

@@ -16,7 +16,8 @@ _WIDTH: Final = 15.0  # inches
 _DPI: Final = 110
 _BAR: Final = 0.3  # inches from bar to bar
 _LINES: Final = 5.0  # inches of a plot against size
-_HEAD: Final = 1.9  # inches for what is above and below
+_HEAD: Final = 1.5  # inches for what is above and below
+_LINE: Final = 0.22  # inches of a line of the title
 _MOST: Final = 8  # conditions; the HTML page has all
 _INK: Final = "#1f2328"
 _SOFT: Final = "#59636e"
@@ -37,7 +38,7 @@ def render(result: Result) -> bytes:
     conditions = report.conditions(report.groups(result))
     heights = [height for together in conditions[:_MOST] for height in _heights(together)]
     with rc_context({"text.parse_math": False}):  # a dollar sign is no formula
-        size = (_WIDTH, _HEAD + sum(heights))
+        size = (_WIDTH, _HEAD + _LINE * _title(result).count("\n") + sum(heights))
         figure = Figure(size, _DPI, facecolor="white", layout=ConstrainedLayoutEngine(h_pad=0.12))
         FigureCanvasAgg(figure)
         _fill(figure, result, conditions, heights)
@@ -52,9 +53,7 @@ def _heights(together: list["Group"]) -> list[float]:
 
 
 def _fill(figure: Any, result: Result, conditions: list[list["Group"]], heights: list[float]) -> None:
-    answered = verdicts.findings(result)[0]
-    title = words.printable(f"{answered.question} {answered.answer}")
-    figure.suptitle(fill(title, 130), x=0.01, ha="left", fontsize=13, color=_INK)
+    figure.suptitle(_title(result), x=0.01, ha="left", fontsize=13, color=_INK)
     left_out = max(0, len(conditions) - _MOST)
     figure.supxlabel(fill(_foot(result, left_out), 200), x=0.01, ha="left", fontsize=9, color=_SOFT)
     if not conditions:
@@ -68,6 +67,12 @@ def _fill(figure: Any, result: Result, conditions: list[list["Group"]], heights:
         if chart := charts.against_size(together):
             _lines(figure.add_subplot(grid[row, :]), chart)
             row += 1
+
+
+def _title(result: Result) -> str:
+    """Return the answers, the first one's question about kernel TLS before all."""
+    answers = [words.printable(f"{answered.question} {answered.answer}") for answered in verdicts.findings(result)]
+    return "\n".join(fill(answer, 130) for answer in answers)
 
 
 def _foot(result: Result, left_out: int) -> str:
@@ -118,7 +123,7 @@ def _lines(axes: Any, chart: LineChart) -> None:
         x, found = [size for size, _ in line.points], [figure for _, figure in line.points]
         y = [f.middle for f in found]
         around = [[f.middle - f.low for f in found], [f.high - f.middle for f in found]]
-        style = {"color": charts.COLOURS[line.tls], "linestyle": _DASHES[line.number % len(_DASHES)]}
+        style = {"color": charts.COLOURS[line.colour], "linestyle": _DASHES[line.number % len(_DASHES)]}
         axes.errorbar(x, y, yerr=around, marker=_MARKERS[line.number % len(_MARKERS)], elinewidth=1, linewidth=1.8, **style)
     steps = chart.ticks
     axes.set_ylim(steps[0], steps[-1])
@@ -142,7 +147,7 @@ def _label(axes: Any, chart: LineChart) -> None:
     for line, end, place in zip(chart.lines, ends, places, strict=True):
         axes.annotate(
             line.label, end, (1.02, place), xycoords="axes fraction", textcoords="axes fraction",
-            va="center", fontsize=10, color=charts.COLOURS[line.tls], annotation_clip=False,
+            va="center", fontsize=10, color=charts.COLOURS[line.colour], annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": _SOFT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 5, "relpos": (0, 0.5)},
         )  # fmt: skip
 

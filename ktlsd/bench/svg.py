@@ -28,7 +28,7 @@ def bars(chart: BarChart) -> Markup:
     """Return horizontal bars with whiskers, each with its label before it and its figures behind it; nothing for no bars."""
     if not chart.bars:
         return _NOTHING
-    left = min(_WIDTH * 0.45, max(len(bar.label) for bar in chart.bars) * _LABEL + 8)
+    left = min(_WIDTH * 0.48, max(len(bar.label) for bar in chart.bars) * _LABEL + 8)
     highest = max(bar.figure.high for bar in chart.bars) or 1.0
     scale = (_WIDTH - left - _VALUE) / highest
     bottom = _TOP + _BAR * len(chart.bars)
@@ -52,7 +52,7 @@ def bars(chart: BarChart) -> Markup:
 
 def lines(chart: LineChart) -> Markup:
     """Return a line for each subject over the size, both logarithmic, each with its label at its end and whiskers."""
-    left, right = 56.0, _WIDTH - min(_WIDTH * 0.45, max(len(line.label) for line in chart.lines) * _LABEL + 34)
+    left, right = 56.0, _WIDTH - min(_WIDTH * 0.55, max(len(line.label) for line in chart.lines) * _LABEL + 34)
     bottom = _HEIGHT - 58
     steps = chart.ticks
     first, last = math.log(chart.sizes[0]), math.log(chart.sizes[-1])
@@ -83,7 +83,7 @@ def lines(chart: LineChart) -> Markup:
         parts += _line(line, x, y)
         end, height = x(line.points[-1][0]), y(line.points[-1][1].middle)
         parts.append(Markup('<path class="leader" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(end + 6, height, right + 22, at))
-        parts.append(_text(right + 26, at + 4.5, line.label, "start", f"ink-{line.tls}"))
+        parts.append(_text(right + 26, at + 4.5, line.label, "start", f"ink-{line.colour}"))
     return _drawing(chart.title, _HEIGHT, parts)
 
 
@@ -92,16 +92,16 @@ def _line(line: Line, x: Callable[[int], float], y: Callable[[float], float]) ->
     way = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     parts = [
         Markup('<path class="line line-{}" stroke-dasharray="{}" d="{}"/>').format(
-            line.tls, _DASHES[line.number % len(_DASHES)] or "none", way
+            line.colour, _DASHES[line.number % len(_DASHES)] or "none", way
         )
     ]
     for (a, b), (_, figure) in zip(points, line.points, strict=True):
         parts.append(
             Markup('<path class="line thin line-{}" d="M{:.1f} {:.1f}V{:.1f}"/>').format(
-                line.tls, a, y(figure.low), y(figure.high)
+                line.colour, a, y(figure.low), y(figure.high)
             )
         )
-        parts.append(Markup('<path class="tls-{}" d="{}"/>').format(line.tls, _marker(line.number, a, b)))
+        parts.append(Markup('<path class="tls-{}" d="{}"/>').format(line.colour, _marker(line.number, a, b)))
     return parts
 
 

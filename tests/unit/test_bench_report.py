@@ -465,6 +465,14 @@ def test_copies_of_servers_are_not_known():
     assert copies.of(Subject("carrier pigeon", "none")) is None
 
 
+def test_lines_of_several_servers_have_a_colour_each():
+    of_nginx = charts.against_size(report.groups(measured({(s, load): 100 for s in (OURS, NGINX) for load in (SMALL, BIG)})))
+    assert len({line.colour for line in of_nginx.lines}) == 2
+    alone = charts.against_size(report.groups(measured({(OURS, load): 100 for load in (SMALL, BIG)})))
+    assert [line.colour for line in alone.lines] == [OURS.tls]
+    assert charts.COLOURS.keys() == charts.COLOURS_DARK.keys()
+
+
 def test_labels_do_not_overlap_and_stay_near_their_lines():
     placed = charts.apart([10, 11, 12, 100, 200, 199], 15, 0, 205)
     ordered = sorted(placed)
