@@ -14,7 +14,7 @@ from ktlsd.net.kernel import IOV_MAX, Kernel
 from ktlsd.net.mappings import Mappings
 from ktlsd.slices import Outgoing
 from ktlsd.tls import records
-from ktlsd.tls.session import Bios, Session
+from ktlsd.tls.session import STEP, Bios, Session
 
 # Plaintext encrypted ahead of the socket: much for the calls it saves, little for a peer that reads slowly.
 _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
@@ -58,12 +58,12 @@ class UserspaceTx:
 
     def send_whole(self, data: bytes) -> bool:
         """Encrypt and send all of it, or nothing if older ciphertext still waits or it is too much to hold."""
-        if len(data) > _BURST_MAX or (self._unsent and not self.flush()):
+        if len(data) > STEP or (self._unsent and not self.flush()):
             return False
-        records = self._session.encrypt(data)
-        sent = self._kernel.send(self._sock, records, more=False)
-        if sent != len(records[0]) or len(records) > 1:
-            self._unsent = [memoryview(b"".join(records))[sent or 0 :]]
+        ciphertext = self._session.encrypt_step(data)
+        sent = self._kernel.send(self._sock, (ciphertext,), more=False)
+        if sent != len(ciphertext):
+            self._unsent = [memoryview(ciphertext)[sent or 0 :]]
         return True
 
     def queue(self, ciphertext: bytes) -> None:

@@ -104,15 +104,20 @@ _STATUS: Final = {
 
 def block_of(response: Response) -> bytes:
     """Return a response's header block: literals without indexing, names from the static table (RFC 7541 §6.2.2)."""
-    status = _STATUS.get(response.status)
-    out = [status if status is not None else _name(b":status") + b"\x03%d" % response.status]
-    for name, value in response.headers:
+    return _block_of(response.status, response.content_length, tuple(response.headers))
+
+
+@lru_cache(maxsize=256)  # the same answers go out again and again within a second
+def _block_of(code: int, content_length: int | None, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    status = _STATUS.get(code)
+    out = [status if status is not None else _name(b":status") + b"\x03%d" % code]
+    for name, value in headers:
         size = len(value)
         out.append(_name(name))
         out.append(size.to_bytes(1, "big") if size < 127 else _encode_integer(size, 7, 0))
         out.append(value)
-    if response.content_length is not None:
-        value = b"%d" % response.content_length
+    if content_length is not None:
+        value = b"%d" % content_length
         out += (_CONTENT_LENGTH, len(value).to_bytes(1, "big"), value)
     return b"".join(out)
 

@@ -80,7 +80,8 @@ class Http1Connection:
     @property
     def at_rest(self) -> bool:
         """Whether nothing is begun, owed or about to end: what comes next begins a request that isn't the last."""
-        return not (self._exchanges or self._buffer or self._body or self._refused or self._draining) and self._left > 1
+        begun = self._exchanges or self._buffer or self._body
+        return not (begun or self._refused or self._draining or self.closing) and self._left > 1
 
     @property
     def is_plain(self) -> bool:

@@ -5,7 +5,7 @@ What breaks a rule of RFC 9113 is malformed and costs the stream; what only brea
 
 import re
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from ktlsd.errors import RequestError
 from ktlsd.protocol.engine import MAX_HEADER_LIST
@@ -26,8 +26,34 @@ class MalformedRequest(Exception):
     """A request that RFC 9113 §8.1.1 calls malformed: its stream is reset."""
 
 
+class _Understood(NamedTuple):
+    method: str
+    target: bytes
+    host: bytes
+    fields: tuple[tuple[bytes, bytes], ...]
+    length: int | None
+
+
+_understood: dict[tuple[tuple[bytes, bytes], ...], _Understood] = {}  # header lists come again and again
+_REMEMBERED: Final = 1_024
+_REMEMBERED_MAX: Final = 1_024  # bytes of a list, with 32 for each field
+
+
 def request_of(headers: HeaderList, stream_id: int) -> tuple[Request, int | None]:
     """Return the request and its body's length, None if it isn't said. Raises MalformedRequest, RequestError."""
+    key = tuple(headers)
+    known = _understood.get(key)
+    if known is None:
+        known, size = _understand(headers)
+        if size <= _REMEMBERED_MAX and not any(name == b"authorization" for name, _ in key):
+            if len(_understood) >= _REMEMBERED:
+                _understood.clear()
+            _understood[key] = known
+    return Request(known.method, known.target, known.host, known.fields, "HTTP/2", stream_id), known.length
+
+
+def _understand(headers: HeaderList) -> tuple[_Understood, int]:
+    """Return what a header list says, and its size (RFC 9113 §6.5.2)."""
     pseudo: dict[bytes, bytes] = {}
     fields: list[tuple[bytes, bytes]] = []
     size = 0
@@ -54,10 +80,7 @@ def request_of(headers: HeaderList, stream_id: int) -> tuple[Request, int | None
     for name, value in fields:
         if name == b"expect" and value.lower() != b"100-continue":
             raise RequestError(417, "The only expectation met here is 100-continue.")
-    request = Request(
-        method=method.decode("ascii"), target=target, host=host, headers=tuple(fields), version="HTTP/2", stream_id=stream_id
-    )
-    return request, length
+    return _Understood(method.decode("ascii"), target, host, tuple(fields), length), size
 
 
 @lru_cache(maxsize=2_048)

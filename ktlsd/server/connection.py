@@ -102,10 +102,8 @@ class Connection:
 
         None: there is more to do than that, `pump` has to follow.
         """
-        if self._stage is not _Stage.HTTP or self._due:
-            return None
-        assert self._talk is not None
-        return self._talk.answer_known(now)
+        talk = self._talk
+        return talk.answer_known(now) if talk is not None and talk.rests and not self._due else None
 
     def pump(self, now: float) -> tuple[Turn, str | None]:
         """Do all that can be done at once; return how it ended and, if somebody was at fault, one line about it."""
@@ -180,6 +178,7 @@ class Connection:
 
     def _begin_closing(self, now: float) -> None:
         self._stage = _Stage.CLOSING
+        self._rest_no_more()
         self._leave = Leave(self._services.limits, now)
 
     def _pump_closing(self, now: float) -> None:
@@ -194,7 +193,12 @@ class Connection:
         if self._talk is not None and self._stage is _Stage.HTTP:
             self._talk.drain(gently=gently)
 
+    def _rest_no_more(self) -> None:
+        if self._talk is not None:
+            self._talk.rests = False
+
     def _finish(self) -> None:
+        self._rest_no_more()
         self._abandon()
         if self._channel.mode is Mode.USERSPACE and self._channel.why_userspace:
             self._services.metrics.count(f"handover_refusals:{self._channel.why_userspace}")

@@ -23,6 +23,7 @@ from ktlsd.server.services import Services
 
 _BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs
 _RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
+_KNOWN: Final = 4  # and by the short way, where nobody looks whose turn it is
 _KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
 
 
@@ -31,7 +32,7 @@ class Conversation:
 
     __slots__ = (
         "_channel", "_failure", "_faulted", "_http", "_http1", "_key_updates", "_key_updates_seen", "_ledger", "_mode",
-        "_patience", "_rests", "_sent", "_services", "complaint", "jobs", "spent",
+        "_patience", "_sent", "_services", "complaint", "jobs", "rests", "spent",
     )  # fmt: skip
 
     def __init__(self, channel: PlainChannel, services: Services, patience: Patience, client: str) -> None:
@@ -48,7 +49,7 @@ class Conversation:
             services.metrics.count("connections_http2")
         else:
             self._http = self._http1 = Http1Connection(max_requests=limits.requests_per_connection)
-        self._rests = self._http1 is not None  # HTTP/1.1, and it stands between two requests
+        self.rests = self._http1 is not None  # HTTP/1.1, and it stands between two requests
         self._key_updates = Allowance(_KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
         self._key_updates_seen = 0
         self._faulted = False
@@ -61,17 +62,15 @@ class Conversation:
     # --- the short way ---------------------------------------------------------------------------------------------
 
     def answer_known(self, now: float) -> int | None:
-        """Answer requests that came before, byte for byte, with what was kept: return how many bytes that were.
+        """While it `rests`: answer requests that came before, byte for byte, with what was kept; return how many bytes went.
 
         None: there is more to do than that, `pump` has to follow.
         """
-        if not self._rests:
-            return None
         http, channel, services = self._http1, self._channel, self._services
         assert http is not None
         spent = 0
         try:
-            for _ in range(_RECEIVES):
+            for _ in range(_KNOWN):
                 data = channel.try_receive()
                 if not data or channel.facts.key_updates != self._key_updates_seen:
                     self._received(data, now)
@@ -93,7 +92,7 @@ class Conversation:
             http.end_of_input()
         except PeerError as error:
             self._failure = error
-        self._rests = False  # until `pump` finds that it does
+        self.rests = False  # until `pump` finds that it does
         self._sent += spent
         self.spent += spent
         return None
@@ -110,7 +109,7 @@ class Conversation:
         if self._failure is not None:
             raise self._failure
         again = self._pump(now)
-        self._rests = not again and self._http1 is not None and self._http1.at_rest
+        self.rests = not again and self._http1 is not None and self._http1.at_rest
         return again
 
     def _pump(self, now: float) -> bool:
@@ -257,7 +256,7 @@ class Conversation:
     def overdue(self, now: float) -> None:
         """A deadline passed: answer 408 if a request was begun, else end it. Raises Overdue."""
         http = self._http
-        self._rests = False
+        self.rests = False
         if http.owes_work:
             self._patience.excuse(now)
         elif self._patience.lasts(http, self._channel, self._sent, now):
@@ -271,7 +270,7 @@ class Conversation:
 
     def drain(self, *, gently: bool) -> None:
         """End when what was asked is answered; `gently`: a client that is idle may ask once more. Pump afterwards."""
-        self._rests = False
+        self.rests = False
         self._http.drain(one_more=gently)
 
     def abandon(self) -> bool:

@@ -96,6 +96,7 @@ class Entrance:
         self._accepting = False
         self._direct = False  # watching doors at which probes are answered even when there is no room for anybody else
         self._open = 0
+        self._grown = False  # more connections than when the others' were looked at last
         self.resume_at = NEVER  # monotonic seconds; accepting has been stopped until then
 
     def open(self) -> None:
@@ -134,9 +135,12 @@ class Entrance:
         """Look whether it is time to stop accepting for a while, or to go on."""
         if now >= self.resume_at:
             self.resume_at = NEVER
+            self._grown = True
             self.open()
-        if self._accepting and self._over_share(now):
-            self._pause(now + _LOOK_AGAIN)
+        if self._grown and self._accepting:
+            self._grown = False
+            if self._over_share(now):
+                self._pause(now + _LOOK_AGAIN)
 
     @property
     def _full(self) -> bool:
@@ -236,6 +240,7 @@ class Entrance:
 
     def _count(self, change: int) -> None:
         self._open += change
+        self._grown = self._grown or change > 0
         self._member.place.connections = self._open
 
     def close(self, now: float, *, empty: bool) -> Iterator[Newcomer]:

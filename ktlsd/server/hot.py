@@ -22,7 +22,7 @@ from ktlsd.server.later import Later
 from ktlsd.server.services import Answers, Known
 from ktlsd.slices import FileSlice, OpenFile
 
-HOT_MAX: Final = 65_536  # bytes of a file
+HOT_MAX: Final = 64_000  # bytes of a file: with its header it goes out in one step
 _FOR: Final = 1.0  # seconds until it is looked for anew
 _SETTLED: Final = 0.1  # seconds since the last change: two changes within a tick of the file system's clock look like one
 _ENTRIES: Final = 512  # each has a descriptor

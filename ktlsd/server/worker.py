@@ -34,6 +34,7 @@ from ktlsd.tls.session import Session
 
 _log = logging.getLogger("ktlsd")
 _NOT_BLAMED: Final = 2  # times limits.min_rate: nobody is held back so far that it would be cut for it
+_FEW: Final = 64  # connections: when no more have something to do, what is known is answered without asking whose turn it is
 BEAT: Final = 1.0  # seconds between signs of life
 
 
@@ -85,11 +86,13 @@ class Worker:
             until = now if self._turns else min(self._beat_at, self._entrance.resume_at, self._drain_until)
             ready = self._poller.wait(now, min(until, self._scratch.mappings.sweep(now) or NEVER))
             now = time.monotonic()
+            few = len(ready) <= _FEW and not self._turns
             for event in self._poller.events(ready, now):
                 source = event.source
                 if isinstance(source, Connection):
                     source.note(event)
-                    self._turns.add(source.guest.client, source)
+                    if not few or not self._answer_known(source, now):
+                        self._turns.add(source.guest.client, source)
                 elif isinstance(source, Listener | Arrival):
                     for new in self._entrance.come_in(source, now, ended=event.ended):
                         self._welcome(new, now)
@@ -108,15 +111,21 @@ class Worker:
             connection = self._turns.take(client)
             if connection is None:
                 return
-            spent = connection.answer_known(now)
-            if spent is None:  # else nothing but its deadline has changed, which is later now
-                if connection.has_ended:
-                    continue
-                self._pump(connection, now)
-                spent = connection.take_spent()
+            if connection.has_ended or self._answer_known(connection, now):
+                quota -= self._turns.cost(0)
+                continue
+            self._pump(connection, now)
+            spent = connection.take_spent()
             if self._shares is not None and spent:
                 self._shares.sent(client, connection.fileno(), spent)
             quota -= self._turns.cost(spent)
+
+    def _answer_known(self, connection: Connection, now: float) -> bool:
+        """Take the short way, if that is all; nothing but the connection's deadline has changed then, which is later now."""
+        spent = connection.answer_known(now)
+        if spent and self._shares is not None:
+            self._shares.sent(connection.guest.client, connection.fileno(), spent)
+        return spent is not None
 
     def _clock(self, now: float) -> None:
         """Everything that is due by the clock and not by a connection's deadline."""

@@ -14,7 +14,7 @@ from ktlsd.tls.hello import CLIENT_HELLO, MAX_FRAGMENT_LENGTH, SERVER_HELLO, Hel
 from ktlsd.tls.records import MAX_PLAINTEXT, OutgoingRecords, rec_seq
 from ktlsd.tls.suites import Suite, suite_by_name
 
-_STEP: Final = 4 * MAX_PLAINTEXT  # bytes that OpenSSL encrypts in one call
+STEP: Final = 4 * MAX_PLAINTEXT  # bytes that OpenSSL encrypts in one call
 # A record has 16 KiB; what is much more and holds no plaintext are KeyUpdates, which nobody counts where there is no key log.
 _IDLE_INPUT_MAX: Final = 65_536  # bytes
 _HELD_OUT_MAX: Final = 65_536  # bytes of answers to them
@@ -199,12 +199,13 @@ class Session:
             incoming.write(ciphertext)
         plain = b""
         try:
+            if incoming.pending:
+                plain = self._ssl.read(MAX_PLAINTEXT)
+                self.peer_closed = not plain
             while incoming.pending and not self.peer_closed:
                 piece = self._ssl.read(MAX_PLAINTEXT)
-                if piece:
-                    plain = plain + piece if plain else piece
-                else:
-                    self.peer_closed = True
+                plain += piece
+                self.peer_closed = not piece
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
@@ -230,23 +231,20 @@ class Session:
         """Return the records for `plaintext`, one buffer per 65,536 bytes: larger ones were no faster, one per record took 20 %
         more time per byte.
         """
-        out = []
+        return [self.encrypt_step(plaintext[at : at + STEP]) for at in range(0, len(plaintext), STEP)]
+
+    def encrypt_step(self, plaintext: bytes | memoryview) -> bytes:
+        """Return the records for at most STEP bytes, which must not be none."""
         try:
-            if len(plaintext) <= _STEP:
-                self._ssl.write(plaintext)
-                out.append(self._take() if self._held_out else self._outgoing.read())
-            else:
-                for at in range(0, len(plaintext), _STEP):
-                    self._ssl.write(plaintext[at : at + _STEP])
-                    out.append(self._take())
+            self._ssl.write(plaintext)
+            out = self._take() if self._held_out else self._outgoing.read()
         except BaseException as exc:  # whatever it is: nothing may stay in what others use, too
             self._take()
             if not isinstance(exc, ssl.SSLError):
                 raise
             raise RecordError(f"OpenSSL can't encrypt any more: {exc.reason}") from exc
         if self._counts:
-            for piece in out:
-                self._records.feed(piece)
+            self._records.feed(out)
         return out
 
     def close_notify(self) -> bytes:
