@@ -74,6 +74,7 @@ $(VENV)/bin/pip:
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
 	@echo "installing into $(VENV), once"
 	$(BIN)/pip install -q --disable-pip-version-check -e .
+	@$(BIN)/python -m compileall -q ktlsd  # or every start compiles it, where Python may not write
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import msgspec
 
-from ktlsd import __version__, hashing, status
+from ktlsd import __version__
 from ktlsd.errors import KtlsdError, RequestError, SettingsError, StartError
 from ktlsd.files.listing import human_size
 from ktlsd.net import handover
@@ -142,6 +142,8 @@ def hash_(directory: str, jobs: int) -> None:
     The results are kept in DIR/.ktlsd-digests and count as long as a file's size and time stay the same. Run it again after
     changes; what is known is not read again, and a run that was stopped goes on where it was.
     """
+    from ktlsd import hashing  # what only one command needs is not loaded by a server that starts
+
     os.nice(10)  # serving comes first
     shown = sys.stderr.isatty()
 
@@ -212,6 +214,8 @@ def status_(config: str | None, url: str | None, *, as_json: bool) -> None:
 
     It asks the metrics listener. Exit status 1 if nobody answers there, or somebody else.
     """
+    from ktlsd import status
+
     where = _address(url) if url is not None else _metrics_address(config)
     families = status.parse(status.fetch(where), where)
     if as_json:

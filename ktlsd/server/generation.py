@@ -3,6 +3,7 @@
 `prepare` does, in the supervisor, all that can be refused; `work` is a worker's life.
 """
 
+import importlib
 import logging
 import os
 import ssl
@@ -36,7 +37,6 @@ from ktlsd.server.contexts import (
     read_pair,
 )
 from ktlsd.server.entrance import Door, Membership
-from ktlsd.server.exposition import MetricsPage
 from ktlsd.server.hot import HotResponses
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Redirector, Responder
@@ -249,6 +249,8 @@ def _open_doors(generation: Generation, sockets: Sockets) -> None:
         bound = [Listener(sock) for sock in sockets.bind(name, host, port)]
         generation.entries.append(Entry(kind, host, bound, http))
         generation.names.add(name)
+    if any(entry.kind == "metrics" for entry in generation.entries):
+        importlib.import_module("ktlsd.server.exposition")  # here, where it may be read; a tenth of the start for who wants it
 
 
 def _policy(settings: Settings, kernel: Kernel) -> HandoverPolicy:
@@ -327,6 +329,8 @@ def folder_of(file: str) -> str:
 def _services_behind(entry: Entry, generation: Generation, membership: Membership, services: Services) -> Services:
     """Return the services with who answers behind this entry. Who only asks for metrics is not counted or logged."""
     if entry.kind == "metrics":
+        from ktlsd.server.exposition import MetricsPage
+
         page = MetricsPage(membership.board, generation.policy)
         return replace(services, responder=page, access_log=AccessLog(None, "json"), metrics=Metrics())
     http = entry.http

@@ -193,7 +193,8 @@ class Worker:
         if new.door.context is None:
             channel = PlainChannel(new.sock, self._kernel)
         else:
-            session = Session(new.door.context, self._scratch.bios)
+            exports = not self._policy.off and self._keylog is not None
+            session = Session(new.door.context, self._scratch.bios, exports=exports)
             channel = Channel(new.sock, session, self._kernel, self._policy, keylog=self._keylog, scratch=self._scratch)
         connection = Connection(channel, new.client, new.guest, new.door.services, now)
         connection.pace(self._limits.bandwidth_per_connection)

@@ -61,8 +61,8 @@ class Session:
         "version",
     )
 
-    def __init__(self, context: ssl.SSLContext, bios: Bios | None = None) -> None:
-        """`bios` may be shared with other sessions of the same thread."""
+    def __init__(self, context: ssl.SSLContext, bios: Bios | None = None, *, exports: bool = True) -> None:
+        """`bios` may be shared with other sessions of the same thread. Not `exports`: its keys will never be wanted."""
         bios = bios or Bios()
         self._incoming = bios.incoming
         self._outgoing = bios.outgoing
@@ -73,7 +73,7 @@ class Session:
         self._client_hello = Hello(CLIENT_HELLO)
         self._server_hello = Hello(SERVER_HELLO)
         self._records = OutgoingRecords()
-        self._counts = True  # records, because its keys may be exported
+        self._counts = exports  # records; and remembers what its keys are made of
         self._secret: bytes | None = None  # TLS 1.3: the server's traffic secret; TLS 1.2: the master secret
         self.established = False
         self.peer_closed = False
@@ -122,7 +122,8 @@ class Session:
         Bytes behind the client's Finished stay inside and come out of `decrypt(b"")`. Raises HandshakeFailed with
         OpenSSL's alert as `farewell`, PeerAlert if the peer gave up, PlainHttp if this is no TLS at all.
         """
-        self._client_hello.feed(ciphertext)
+        if self._counts:
+            self._client_hello.feed(ciphertext)
         self._put(ciphertext)
         try:
             self._ssl.do_handshake()
@@ -135,8 +136,9 @@ class Session:
         finally:
             self._keep()
         out = self._take()
-        self._server_hello.feed(out)
-        self._records.feed(out)
+        if self._counts:
+            self._server_hello.feed(out)
+            self._records.feed(out)
         return out
 
     def _finish_handshake(self) -> None:
