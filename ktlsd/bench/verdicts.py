@@ -84,7 +84,8 @@ def _kernel_tls(machine: Machine, found: list[Group]) -> Finding:
         subject = matched[0].ours.subject
         other = "the fastest userspace way" if subject.protocol == "raw" else f"{subject.name}'s userspace mode"
         answers.append(where + _answer(matched, other))
-        points += [where + point for point in _runs(matched, other)]
+        if len(runs := _runs(matched, other)) > 1:  # else the answer says it all
+            points += [where + point for point in runs]
     return Finding(QUESTION, answers[0], (*answers[1:], *points, *_limit(found), *unknown))
 
 
