@@ -264,6 +264,8 @@ def _metrics_address(config: str | None) -> str:
 @click.option("--json", metavar="FILE|-", help="Write the result with every sample; - is standard output.")
 @click.option("--html", metavar="FILE|-", help="Write a page with plots.")
 @click.option("--png", metavar="FILE|-", help="Write the plots (pip install 'ktlsd[bench]').")
+@click.option("--markdown", metavar="FILE|-", help="Write the tables for a document.")
+@click.option("--from", "saved", metavar="FILE", help="Measure nothing: show what an earlier run wrote with --json.")
 @click.option("--size", "sizes", metavar="BYTES", multiple=True, help="Size of a transfer, like 10k or 256M; may be repeated.")
 @click.option("--connections", metavar="N", type=click.IntRange(1, 10_000), multiple=True, help="At a time; may be repeated.")
 @click.option(

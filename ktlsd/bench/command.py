@@ -4,12 +4,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from ktlsd.bench import calibration, peers, plots, report_html, report_text, run
+from ktlsd.bench import calibration, peers, plots, report_html, report_markdown, report_text, run
 from ktlsd.bench.answers import NotMeasurable
 from ktlsd.bench.calibration import Calibration
 from ktlsd.bench.plan import Options, Progress
@@ -20,8 +21,8 @@ _BAR: Final = 30  # columns
 
 
 def bench(
-    *, calibrate: bool, json: str | None, html: str | None, png: str | None, against: str | None, mode: str | None,
-    sizes: Sequence[str], folder: str | None, **asked: Any,
+    *, calibrate: bool, json: str | None, html: str | None, png: str | None, markdown: str | None, saved: str | None,
+    against: str | None, mode: str | None, sizes: Sequence[str], folder: str | None, **asked: Any,
 ) -> int:  # fmt: skip
     """Do what was asked on the command line; return the exit status. Raises SettingsError, StartError."""
     for name in ("print_config", "compare"):
@@ -36,7 +37,13 @@ def bench(
         folder=Path(folder) if folder else None,
         **asked,
     )
-    return _calibrate(options) if calibrate else _measure(options, json=json, html=html, png=png)
+    if calibrate:
+        return _calibrate(options)
+    targets = Targets(json, html, png, markdown)
+    targets.check()
+    result = _read(saved) if saved is not None else _followed(run.measure(options))
+    assert isinstance(result, Result)
+    return _show(result, targets)
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -65,24 +72,37 @@ def _size(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
-def _measure(options: Options, *, json: str | None, html: str | None, png: str | None) -> int:
-    """Measure, print the tables and the verdict, write what was asked for ("-" is standard output); return the exit status.
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is to be written, and where: a path, "-" for standard output, None for nowhere."""
+
+    json: str | None = None
+    html: str | None = None
+    png: str | None = None
+    markdown: str | None = None
+
+    def check(self) -> None:
+        """Before a minute is spent. Raises SettingsError."""
+        for target in (self.json, self.html, self.png, self.markdown):
+            _check_target(target)
+
+
+def _show(result: Result, targets: Targets) -> int:
+    """Print the tables and the verdict, write what was asked for; return the exit status.
 
     1 if something gave wrong results, so that it can't have been measured, or if nothing was measured at all. Raises
     SettingsError, StartError.
     """
-    for target in (json, html, png):
-        _check_target(target)
-    result = _followed(run.measure(options))
-    assert isinstance(result, Result)
-    if "-" not in (json, html, png):
+    if "-" not in (targets.json, targets.html, targets.png, targets.markdown):
         print(report_text.render(result, _columns()))
-    if json is not None:
-        _write(json, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    if html is not None:
-        _write(html, report_html.render(result).encode())
-    if png is not None:
-        _write(png, plots.render(result))
+    if targets.json is not None:
+        _write(targets.json, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    if targets.html is not None:
+        _write(targets.html, report_html.render(result).encode())
+    if targets.png is not None:
+        _write(targets.png, plots.render(result))
+    if targets.markdown is not None:
+        _write(targets.markdown, report_markdown.render(result).encode())
     wrong = [failure for failure in result.failures if failure.wrong]
     for failure in wrong:
         print(f"ktlsd: {failure.subject.name}: {failure.why}", file=sys.stderr)

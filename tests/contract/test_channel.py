@@ -126,10 +126,10 @@ def _advance(segments, count):
 
 
 @pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "content"
-    path.write_bytes(CONTENT)
-    opened = OpenFile(os.open(path, os.O_RDONLY), len(CONTENT), 0)
+def file():
+    fd = os.memfd_create("content")  # on a disk a busy machine takes its pages out of memory: FileCold
+    os.write(fd, CONTENT)
+    opened = OpenFile(fd, len(CONTENT), 0)
     yield opened
     opened.release()
 
@@ -223,6 +223,59 @@ def test_would_block_accepts_nothing_and_goes_on_later(mode, file):
     pair.done()
 
 
+def test_what_goes_whole_or_not_goes_whole_or_not_and_keeps_its_place(mode, file):
+    """Small answers between others, to a client that reads and one that doesn't."""
+    pair = make(mode, send_buffer=4096, receive_buffer=4096)
+    expected, whole = b"", 0
+    for number in range(60):
+        small = b"answer %d " % number + CONTENT[: 11 * number]
+        if pair.channel.try_send_whole(small, body_bytes=1):
+            whole += 1
+        else:
+            pair.send_all([small], body_bytes=1)
+        expected += small
+        if number % 7 == 0:
+            pair.send_all([FileSlice(file, number, 5_000)], body_bytes=5_000)
+            expected += CONTENT[number : number + 5_000]
+        if number % 3 == 0:
+            pair.exchange()
+    assert pair.read(len(expected)) == expected
+    assert bool(whole) == (pair.channel.mode is Mode.USERSPACE), "the kernel may take a part, so nothing is sure there"
+    pair.close()
+    assert pair.client.closed
+    pair.done()
+
+
+def test_what_is_to_go_whole_does_not_stand_in_the_way_of_the_hand_over():
+    pair = Pair(FakeKernel(), HandoverPolicy(ALL_TAKEN, handover_bytes=10_000))
+    assert pair.channel.try_send_whole(b"x" * 9_999, body_bytes=9_999)
+    assert not pair.channel.try_send_whole(b"x" * 10_000, body_bytes=10_000)
+    pair.send_all([b"x" * 10_000], body_bytes=10_000)
+    assert pair.channel.mode is Mode.KERNEL
+    assert pair.read(19_999) == b"x" * 19_999
+    pair.done()
+
+
+def test_what_is_too_much_for_one_step_does_not_go_whole(pair):
+    assert not pair.channel.try_send_whole(bytes(65_537), body_bytes=1)
+    pair.send_all([b"instead"])
+    assert pair.read(7) == b"instead"
+
+
+def test_a_session_that_stays_in_userspace_forgets_its_secret():
+    refuses = KernelFacts({(v, c): "no" for v in VERSIONS for c in CIPHERS})
+    pair = Pair(FakeKernel(), HandoverPolicy(refuses, handover_bytes=0))
+    session = pair.channel.session
+    assert session.established
+    assert session._secret is None
+    assert not session.exportable
+    pair.send_all([b"before"])
+    assert pair.read(6) == b"before"
+    pair.close()
+    assert pair.client.closed
+    pair.done()
+
+
 def test_receive_gives_what_the_client_sent(pair):
     assert pair.channel.try_receive() is None
     pair.client.send(b"GET / HTTP/1.1\r\n\r\n")
@@ -281,6 +334,7 @@ def test_a_file_that_shrank_is_told(pair, tmp_path):
     path = tmp_path / "shrinks"
     path.write_bytes(CONTENT)
     opened = OpenFile(os.open(path, os.O_RDONLY), len(CONTENT), 0)
+    opened.residency.asks = False  # whatever the page cache does meanwhile
     segments = [b"head", FileSlice(opened, 0, len(CONTENT))]
     os.truncate(path, 100_000)
     with pytest.raises(FileTruncated):

@@ -30,6 +30,9 @@ def result(path, *, factor=1.0, schema=SCHEMA):
     (["--size", "10x"], "--size: '10x' is no size like 4096, 10k, 256M or 1G"),
     (["--size", "0"], "--size: '0' is no size"),
     (["--json", "no/such/folder/a.json"], "there is no such folder; create it"),
+    (["--from", "nothing.json"], "nothing.json: cannot be read"),
+    (["--from", "b.json"], "b.json: is no result of ktlsd bench --json"),
+    (["--markdown", "no/such/folder/a.md"], "there is no such folder; create it"),
     (["--compare", "a.json", "nothing.json"], "nothing.json: cannot be read"),
     (["--compare", "a.json", "b.json"], "b.json: is no result of ktlsd bench --json"),
     (["--compare", "a.json", "c.json"], "c.json: was written by another version"),
@@ -88,3 +91,18 @@ def test_a_peer_s_configuration_can_be_looked_at(tmp_path):
     done = ktlsd("bench", "--print-config", "nginx", cwd=tmp_path)
     assert done.returncode == 0
     assert "sendfile on;" in done.stdout
+
+
+def test_a_saved_result_is_shown_again_and_as_tables_for_a_document(tmp_path):
+    saved = result(tmp_path / "a.json")
+    shown = ktlsd("bench", "--from", saved, "--html", "a.html", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "ktlsd" in shown.stdout
+    assert "<svg" in (tmp_path / "a.html").read_text()
+    document = ktlsd("bench", "--from", saved, "--markdown", "-", cwd=tmp_path).stdout
+    assert document.startswith("2026-11-21; Linux, a processor.\n")
+    head, rule, *rows = [line for line in document.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in (head, rule, *rows)} == {8}
+    assert [row.split("|")[1].strip() for row in rows] == ["ktlsd", "nginx"]
+    assert "10.5" in rows[0], "MB/s: 1 MiB in a tenth of a second"
+    assert "1.00 (1.00 to 1.00), can't be told" in rows[1]

@@ -720,7 +720,10 @@ def test_a_peer_that_is_not_installed_says_what_installs_it(name, tmp_path, monk
 
 def test_where_no_peer_is_there_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "_find_quietly", lambda peer: None)
-    nothing = {"calibrate": False, "json": None, "html": None, "png": None, "mode": "quick", "sizes": (), "folder": None}
+    nothing = {"calibrate": False, "json": None, "html": None, "png": None, "mode": "quick", "sizes": (), "folder": None} | {
+        "markdown": None,
+        "saved": None,
+    }
     with pytest.raises(SettingsError, match="^--against: nginx is not installed: apt-get install nginx; caddy is not inst"):
         command.bench(against="nginx,caddy", **nothing)
 

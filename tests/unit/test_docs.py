@@ -1,5 +1,6 @@
 """docs/configuration.md is true: every key has its row, every default is the code's."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def test_links_between_the_pages_lead_somewhere():
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tables_in_the_documents_are_those_of_the_saved_results():
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    text = (DOCS / "performance.md").read_text()
+    assert text.count("<!-- tables of figures/") >= 3
+    assert figures.filled(text) == text, "run: python docs/figures.py"
