@@ -6,6 +6,7 @@ Files are read with pread and not mapped: a mapping that is truncated under us i
 import errno
 import os
 from collections.abc import Sequence
+from copy import copy
 
 from ktlsd.errors import FileCold, FileTruncated
 from ktlsd.net.pages import IOV_MAX
@@ -13,37 +14,47 @@ from ktlsd.net.residency import PAGE, pages_cached
 from ktlsd.slices import FRAME_HEADER, FileSlice, Framed, OpenFile, Outgoing
 
 
-def gather(segments: Sequence[Outgoing], view: memoryview) -> bytes | memoryview:
-    """Return the front of `segments` as one buffer, at most as long as `view`, which it may fill.
+def gather(segments: Sequence[Outgoing], view: memoryview, skip: int = 0) -> bytes | memoryview:
+    """Return what follows the first `skip` bytes of `segments` as one buffer, at most as long as `view`, which it may fill.
 
     A frame's header is never the last of it: if its payload can't be read the frame is left out. If that leaves nothing,
     raises FileTruncated, or FileCold for what is not in memory.
     """
     if len(segments) == 1 and isinstance(segments[0], bytes | memoryview):
-        return segments[0][: len(view)]
+        return segments[0][skip : skip + len(view)]
     filled = 0
     for segment in segments:
-        room = view[filled : filled + len(segment)]
+        size = len(segment) - skip
+        if size <= 0:
+            skip = -size
+            continue
+        room = view[filled : filled + size]
         if not room:
-            continue
-        if isinstance(segment, bytes | memoryview):
-            room[:] = segment[: len(room)]
-            filled += len(room)
-            continue
+            break
         try:
-            got = _read(segment, room) if isinstance(segment, FileSlice) else _read_framed(segment, room)
+            got = _fill(segment, skip, room)
         except (FileTruncated, FileCold):
             if filled:
                 break
             raise
+        skip = 0
         filled += got
         if got < len(room):
             break
     return view[:filled]
 
 
-def _read(segment: FileSlice, room: memoryview) -> int:
-    return _preadv(segment.file, [room], segment.offset, segment.length)
+def _fill(segment: Outgoing, skip: int, room: memoryview) -> int:
+    """Put what follows the first `skip` bytes of a segment into `room`, which is no longer than that; return how much."""
+    if isinstance(segment, bytes | memoryview):
+        room[:] = segment[skip : skip + len(room)]
+        return len(room)
+    if isinstance(segment, FileSlice):
+        return _preadv(segment.file, [room], segment.offset + skip, segment.length - skip)
+    if skip:
+        segment = copy(segment)
+        segment.advance(skip)
+    return _read_framed(segment, room)
 
 
 def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -> int:

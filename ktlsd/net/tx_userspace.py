@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
-from ktlsd.errors import PeerError
+from ktlsd.errors import FileCold, FileTruncated, PeerError
 from ktlsd.net.gather import gather
 from ktlsd.net.kernel import IOV_MAX, Kernel
 from ktlsd.net.mappings import Mappings
@@ -19,6 +19,8 @@ from ktlsd.tls.session import STEP, Bios, Session
 # Plaintext encrypted ahead of the socket: much for the calls it saves, little for a peer that reads slowly.
 _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
 _BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
+_TAIL: Final = records.MAX_PLAINTEXT  # a rest that is no longer goes along with the last step
+_STEPS: Final = 4  # in one call, while the socket takes them
 SCRATCH: Final = 524_288  # bytes
 
 
@@ -47,14 +49,27 @@ class UserspaceTx:
 
     def send(self, segments: Sequence[Outgoing]) -> int | None:
         """Encrypt and send from the front of `segments`; None if older ciphertext still waits. Raises FileTruncated."""
-        if not self.flush():
+        if self._unsent and not self.flush():
             return None
-        plain = gather(segments, self._scratch.view[: self._burst])
-        if not plain:
-            return 0
-        self._unsent = [*self._session.encrypt(plain)]
-        self._burst = min(self._burst * 2, _BURST_MAX) if self.flush() else _BURST_MIN
-        return len(plain)
+        total, accepted = sum(map(len, segments)), 0
+        for _ in range(_STEPS):
+            left = total - accepted
+            size = left if left <= self._burst + _TAIL else self._burst
+            try:
+                plain = gather(segments, self._scratch.view[:size], accepted)
+            except (FileCold, FileTruncated):
+                if not accepted:
+                    raise
+                break  # the caller has to know first what is gone
+            if not plain:
+                break
+            accepted += len(plain)
+            self._unsent = [*self._session.encrypt(plain)]
+            if not self.flush():
+                self._burst = _BURST_MIN
+                break
+            self._burst = min(self._burst * 2, _BURST_MAX)
+        return accepted
 
     def send_whole(self, data: bytes) -> bool:
         """Encrypt and send all of it, or nothing if older ciphertext still waits or it is too much to hold."""
@@ -78,11 +93,8 @@ class UserspaceTx:
             sent = self._kernel.send(self._sock, unsent[:IOV_MAX], more=False)
             if sent is None:
                 return False
-            done = 0
-            while done < len(unsent) and sent >= len(unsent[done]):
-                sent -= len(unsent[done])
-                done += 1
-            del unsent[:done]
+            while unsent and sent >= len(unsent[0]):
+                sent -= len(unsent.pop(0))
             if sent:
                 unsent[0] = memoryview(unsent[0])[sent:]
         return True

@@ -93,6 +93,11 @@ def test_gathering_is_what_the_segments_say(file, parts, room, gone):
         assert got
     if len(expected) <= room and all(not isinstance(each, Framed) or each.frames < 1_024 for each in segments):
         assert got == expected  # more pieces than that don't go into one preadv
+    piecewise = got
+    room = max(room, 200)
+    while piece := bytes(gather(segments, memoryview(bytearray(room)), len(piecewise))):
+        piecewise += piece
+    assert piecewise == expected, "the segments are as they were"
 
 
 @pytest.mark.parametrize("gone", [0, 5, 9, 50])
