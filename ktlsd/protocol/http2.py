@@ -104,9 +104,8 @@ class Http2Connection:
         output = self._output
         if output.queued:
             return False
-        if self.fault is not None or (self._last_told and not output.streams):
-            return True
-        return self._input_ended and not output.can_go_on
+        over = self.fault is not None or (self._last_told and not output.streams)
+        return over or (self._input_ended and not output.can_go_on)
 
     # --- input -----------------------------------------------------------------------------------------------------
 
@@ -363,6 +362,8 @@ class Http2Connection:
     def sent(self, count: int) -> list[Ended]:
         """Account for `count` bytes from the front of `next_output` that are gone; return the responses that ended."""
         output, budgets = self._output, self._budgets
+        if not count and not output.has_ended:
+            return []
         if count:
             payload, frames, slivers = output.sent(count)
             budgets.sent(payload, frames)
@@ -383,11 +384,10 @@ class Http2Connection:
     def file_failed(self) -> bool:
         """The file that stands first in the output can't be sent; whether the others can go on without its stream."""
         stream = self._output.first_planned()
-        if stream is None:
-            return False  # in the middle of a frame
-        self._output.abort(stream.id)
-        self._reset(stream.id, ErrorCodes.INTERNAL_ERROR)
-        return True
+        if stream is not None:  # else in the middle of a frame
+            self._output.abort(stream.id)
+            self._reset(stream.id, ErrorCodes.INTERNAL_ERROR)
+        return stream is not None
 
 
 _HANDLERS: Final[dict[type, Callable[[Http2Connection, Any], None]]] = {

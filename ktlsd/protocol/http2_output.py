@@ -105,6 +105,11 @@ class Output:
         self._queue.clear()
         self.queued = 0
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether there are such as `take_ended` returns."""
+        return bool(self._ended)
+
     def take_ended(self) -> list[Ended]:
         """Return the responses that have ended since the last call."""
         ended, self._ended = self._ended, []
@@ -113,6 +118,8 @@ class Output:
     @property
     def working(self) -> bool:
         """Whether a body is being made and there is nothing of it yet."""
+        if not self.streams:
+            return False
         return any(stream.source_idle and self._window(stream) > 0 for stream in self.streams.values())
 
     @property
@@ -177,7 +184,7 @@ class Output:
     def next(self, budget: int) -> list[Outgoing]:
         """Return what is committed and, behind it, about `budget` bytes of DATA."""
         self._plan = []
-        if self._blocked:
+        if self._blocked or not (self._queue or self.streams):
             return []
         if self.streams and self.queued < budget:
             self._make_plan(min(budget, _PLAN))
