@@ -53,7 +53,7 @@ def gate(monkeypatch):
         made = real(cold)
         return later.Later(made.key, lambda: opened.wait(20) and made.job(), made.done, made.needed)
 
-    monkeypatch.setattr("ktlsd.server.connection.read_ahead", slow)
+    monkeypatch.setattr("ktlsd.server.conversation.read_ahead", slow)
     yield opened
     opened.set()
 

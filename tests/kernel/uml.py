@@ -111,11 +111,12 @@ if __name__ == "__main__":
     parser.add_argument("--kernel", default=kernel_file())
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--mem", default="2G")
+    parser.add_argument("--out", type=Path, help="a folder for what it leaves in $KTLSD_UML_OUT")
     parser.add_argument("--systemd", action="store_true", help="systemd is process 1, the command a service")
     parser.add_argument("command", nargs="+")
     asked = parser.parse_args()
     if not asked.kernel:
         sys.exit("no kernel: apt-get install user-mode-linux")
     kept = {k: v for k, v in os.environ.items() if k.startswith("KTLSD_") or k == "PATH"}
-    limits = {"timeout": asked.timeout, "memory": asked.mem}
+    limits = {"timeout": asked.timeout, "memory": asked.mem, "out": asked.out}
     sys.exit(run(asked.kernel, asked.command, env=kept, systemd=asked.systemd, on_line=print, **limits))
