@@ -11,7 +11,7 @@ DIR    ?= .sample
 LISTEN ?= localhost:8443
 SHOWN  := $(patsubst :%,localhost:%,$(patsubst *:%,localhost:%,$(patsubst 0.0.0.0:%,localhost:%,$(LISTEN))))
 
-.PHONY: help serve test lint bench install clean
+.PHONY: help serve test lint bench figures install clean
 
 help:
 	@echo "make serve [DIR=/path] [LISTEN=HOST:PORT]  serve a directory at https://localhost:8443"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint                                  ruff and mypy"
 	@echo "make install [DESTDIR=]                    /opt/ktlsd and systemd units; docs/operations.md goes on from there"
 	@echo "make bench                                 ktlsd bench, and what a GB costs; against SSLSocket.sendall and nginx"
+	@echo "make figures                               the tables and pictures of docs/performance.md, measured anew"
 
 serve: $(VENV)/.installed certs/localhost.pem $(if $(filter .sample,$(DIR)),.sample/SHA256SUMS)
 	@[ -d "$(DIR)" ] || { echo "make serve: DIR=$(DIR) is no directory" >&2; exit 2; }
@@ -39,6 +40,20 @@ bench: $(VENV)/.installed-test tools
 	$(BIN)/python tests/measure.py cost
 	$(BIN)/python tests/measure.py sendall
 	$(BIN)/python tests/measure.py http2
+	$(BIN)/python tests/measure_small.py
+
+# The tables and pictures of docs/performance.md: on this machine, on Debian's 6.1, and on the lab's kernel if that is there.
+FIGURES := docs/figures
+ALL := --protocol raw --protocol http/1.1 --protocol h2 --against nginx
+LAB := ../shared/lab
+figures: $(VENV)/.installed-test tools
+	@mkdir -p $(FIGURES)
+	$(BIN)/ktlsd bench $(ALL) --json $(FIGURES)/host.json --png $(FIGURES)/host.png
+	$(BIN)/python tests/kernel/uml.py --kernel /usr/bin/linux.uml --mem 3G --timeout 1500 --out $(FIGURES) -- \
+	  sh -c '$(BIN)/ktlsd bench $(ALL) --size 1m --size 16m --rounds 6 --json $$KTLSD_UML_OUT/debian-6.1.json'
+	[ ! -x $(LAB)/run ] || $(LAB)/run --mem 4G --timeout 1500 --out $(FIGURES) -- \
+	  sh -c '$(BIN)/ktlsd bench $(ALL) --json $$LAB_OUT/lab-7.2.json --png $$LAB_OUT/lab-7.2.png'
+	$(BIN)/python docs/figures.py
 
 # A program of its own in /opt/ktlsd, units, the kernel module at boot. Nothing that is there is overwritten but program and units.
 UNITS := $(DESTDIR)/etc/systemd/system

@@ -1,0 +1,195 @@
+"""Small requests, handshakes, fairness and the start, ktlsd (userspace mode) beside nginx, in turn: medians of ratios.
+
+    python tests/measure_small.py [--rounds 7] [WHAT ...]
+
+    http1       10 KB by HTTP/1.1, wrk -t1 -c16 (apt-get install wrk)
+    http2       10 KB, h2load -c4 -m16 (apt-get install nghttp2-client)
+    handshakes  a full handshake and one request each, one after the other
+    workers     10 KB by HTTP/1.1: two workers against one, and how evenly
+    fairness    64 downloads of 16 MiB at a time: slowest over fastest; how long a request has to wait beside them
+    start       from the command to the first response
+
+Rates are requests per second; CPU is the server's, user and system, from /proc/PID/schedstat.
+"""
+
+import argparse
+import http.client
+import re
+import shutil
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests import measure, pki
+from tests.serving import program
+
+SECONDS = 3
+TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+TLS.check_hostname, TLS.verify_mode = False, ssl.CERT_NONE
+
+
+def cpu(pids: list[int]) -> float:
+    """Seconds."""
+    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) / 1e9
+
+
+def workers(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wrk(port: int, name: str = "10k") -> float:
+    told = subprocess.run(
+        ["wrk", "-t1", "-c16", f"-d{SECONDS}", f"https://127.0.0.1:{port}/{name}"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Non-2xx" not in told
+    return float(re.search(r"Requests/sec:\s+([\d.]+)", told)[1])
+
+
+def h2load(port: int) -> float:
+    told = subprocess.run(
+        ["h2load", "-c4", "-m16", f"-D{SECONDS}", f"https://127.0.0.1:{port}/10k"], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r" 0 failed, 0 errored", told), told
+    return float(re.search(r"([\d.]+) req/s", told)[1])
+
+
+def handshakes(port: int) -> float:
+    done, end = 0, time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        get(port, "/small")
+        done += 1
+    return done / SECONDS
+
+
+def get(port: int, path: str) -> int:
+    connection = http.client.HTTPSConnection("127.0.0.1", port, context=TLS, timeout=60)
+    connection.request("GET", path)
+    size = len(connection.getresponse().read())
+    connection.close()
+    return size
+
+
+def pairs(
+    what: str, rounds: int, ask: Callable[[int], float], ours: tuple[int, list[int]], theirs: tuple[int, list[int]]
+) -> None:
+    rates: dict[str, list[tuple[float, float]]] = {"ktlsd": [], "nginx": []}
+    for number in range(rounds + 1):
+        order = [("ktlsd", *ours), ("nginx", *theirs)]
+        for name, port, pids in order if number % 2 else reversed(order):
+            before = cpu(pids)
+            rate = ask(port)
+            if number:  # the first warms up
+                rates[name].append((rate, (cpu(pids) - before) / (rate * SECONDS) * 1e6))
+    ratios = sorted(a[0] / b[0] for a, b in zip(*rates.values(), strict=True))
+    cpus = statistics.median(a[1] / b[1] for a, b in zip(*rates.values(), strict=True))
+    shown = "; ".join(
+        f"{name} {statistics.median(r for r, _ in found):,.0f}/s, {statistics.median(c for _, c in found):.0f} us CPU each"
+        for name, found in rates.items()
+    )
+    print(
+        f"{what}: {statistics.median(ratios):.2f} of nginx ({ratios[0]:.2f} to {ratios[-1]:.2f}), CPU {cpus:.2f}; {shown}",
+        flush=True,
+    )
+
+
+def two_workers(folder: Path, rounds: int) -> None:
+    found: dict[str, list[float]] = {"1": [], "2": []}
+    shares = []
+    with ExitStack() as stack:
+        servers = {
+            n: stack.enter_context(
+                program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", "off", "--workers", n, cwd=folder)
+            )
+            for n in found
+        }
+        for _ in range(rounds):
+            for count, server in servers.items():
+                pids = workers(server.process.pid)
+                before = [cpu([pid]) for pid in pids]
+                found[count].append(wrk(server.port))
+                used = [cpu([pid]) - earlier for pid, earlier in zip(pids, before, strict=True)]
+                if count == "2":
+                    shares.append(min(used) / max(used))
+    ratio = statistics.median(b / a for a, b in zip(found["1"], found["2"], strict=True))
+    print(
+        f"two workers: {ratio:.2f} of one; the one that did less did {statistics.median(shares):.2f} of the other", flush=True
+    )
+
+
+def fairness(port: int) -> None:
+    seconds: list[float] = []
+    begin = threading.Barrier(65)
+
+    def load() -> None:
+        begin.wait()
+        started = time.monotonic()
+        measure.download(port, "/16m")
+        seconds.append(time.monotonic() - started)
+
+    threads = [threading.Thread(target=load) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    begin.wait()
+    waits = []
+    while any(thread.is_alive() for thread in threads):
+        started = time.monotonic()
+        get(port, "/small")
+        waits.append(time.monotonic() - started)
+    for thread in threads:
+        thread.join()
+    print(
+        f"64 downloads of 16 MiB: fastest over slowest {min(seconds) / max(seconds):.2f}; a handshake and a small request beside"
+        f" them: median {statistics.median(waits) * 1e3:.0f} ms, longest {max(waits) * 1e3:.0f} ms",
+        flush=True,
+    )
+
+
+def start(folder: Path, rounds: int) -> None:
+    taken = []
+    for _ in range(rounds):
+        began = time.monotonic()
+        with program("root", "--cert", "cert.pem", "--key", "key.pem", "--workers", "1", cwd=folder) as server:
+            get(server.port, "/small")
+            taken.append(time.monotonic() - began)
+    print(f"start to first response: {statistics.median(taken):.2f} s ({min(taken):.2f} to {max(taken):.2f})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["http1", "http2", "handshakes", "workers", "fairness", "start"])
+    parser.add_argument("--rounds", type=int, default=7)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name, ExitStack() as stack:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "root").mkdir()
+        for file, size in (("10k", 10_240), ("small", 100), ("16m", 16 << 20)):
+            (folder / "root" / file).write_bytes(bytes(size))
+        pki.write(folder)
+        server = stack.enter_context(measure.serve(folder, "off"))
+        theirs = stack.enter_context(measure.nginx(folder))
+        ours = (server.port, workers(server.process.pid))
+        found = subprocess.run(["pgrep", "-f", f"nginx.*{folder}"], capture_output=True, text=True, check=False).stdout.split()
+        other = (theirs.get("nginx", 0), [pid for master in found for pid in workers(int(master))])
+        for what, tool, ask in (("http1", "wrk", wrk), ("http2", "h2load", h2load), ("handshakes", "true", handshakes)):
+            if what in asked.what and theirs and shutil.which(tool):
+                pairs(what, asked.rounds, ask, ours, other)
+        if "fairness" in asked.what:
+            fairness(server.port)
+        if "workers" in asked.what and shutil.which("wrk"):
+            two_workers(folder, asked.rounds)
+        if "start" in asked.what:
+            start(folder, asked.rounds)
+
+
+if __name__ == "__main__":
+    main()
