@@ -216,7 +216,8 @@ def sendall(size: int, rounds: int) -> float:
 NGINX = """
 worker_processes 1; pid nginx.pid; error_log error.log; daemon off; user root;
 events { worker_connections 1024; }
-http { access_log off; sendfile on; tcp_nopush on; keepalive_requests 1000000000; open_file_cache max=100; ssl_certificate cert.pem; ssl_certificate_key key.pem; root root;
+http { access_log off; sendfile on; tcp_nopush on; keepalive_requests 1000000000; open_file_cache max=100;
+  ssl_certificate cert.pem; ssl_certificate_key key.pem; root root;
   ssl_protocols TLSv1.3; http2_chunk_size CHUNK;
   server { listen 127.0.0.1:PORT1 ssl http2; ssl_conf_command Options KTLS; }
   server { listen 127.0.0.1:PORT2 ssl http2; } }

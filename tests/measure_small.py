@@ -147,8 +147,8 @@ def fairness(port: int) -> None:
     for thread in threads:
         thread.join()
     print(
-        f"64 downloads of 16 MiB: fastest over slowest {min(seconds) / max(seconds):.2f}; a handshake and a small request beside"
-        f" them: median {statistics.median(waits) * 1e3:.0f} ms, longest {max(waits) * 1e3:.0f} ms",
+        f"64 downloads of 16 MiB: fastest over slowest {min(seconds) / max(seconds):.2f};"
+        f" a handshake and a small request beside them: median {statistics.median(waits) * 1e3:.0f} ms, longest {max(waits) * 1e3:.0f} ms",
         flush=True,
     )
 
