@@ -146,11 +146,9 @@ def fairness(port: int) -> None:
         waits.append(time.monotonic() - started)
     for thread in threads:
         thread.join()
-    print(
-        f"64 downloads of 16 MiB: fastest over slowest {min(seconds) / max(seconds):.2f};"
-        f" a handshake and a small request beside them: median {statistics.median(waits) * 1e3:.0f} ms, longest {max(waits) * 1e3:.0f} ms",
-        flush=True,
-    )
+    even, wait, longest = min(seconds) / max(seconds), statistics.median(waits) * 1e3, max(waits) * 1e3
+    print(f"64 downloads of 16 MiB: fastest over slowest {even:.2f}", flush=True)
+    print(f"  a handshake and a small request beside them: median {wait:.0f} ms, longest {longest:.0f} ms", flush=True)
 
 
 def start(folder: Path, rounds: int) -> None:
