@@ -86,18 +86,23 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(APT) update -qq && $(APT) install -y -qq python3-venv; }
 	@rm -rf $(VENV); $(PYTHON) -m venv $(VENV)
 
+# Or every start compiles it, where Python may not write.
+COMPILED := $(BIN)/python -m compileall -q ktlsd
+
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
 	@echo "installing into $(VENV), once"
 	$(BIN)/pip install -q --disable-pip-version-check -e .
-	@$(BIN)/python -m compileall -q ktlsd  # or every start compiles it, where Python may not write
+	@$(COMPILED)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	@$(COMPILED)
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint,test]'
+	@$(COMPILED)
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 .PHONY: tools
