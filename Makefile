@@ -50,7 +50,7 @@ figures: $(VENV)/.installed-test tools
 	@mkdir -p $(FIGURES)
 	$(BIN)/ktlsd bench $(ALL) --json $(FIGURES)/host.json --png $(FIGURES)/host.png
 	$(BIN)/python tests/kernel/uml.py --kernel /usr/bin/linux.uml --mem 3G --timeout 1500 --out $(FIGURES) -- \
-	  sh -c '$(BIN)/ktlsd bench $(ALL) --size 1m --size 16m --rounds 6 --json $$KTLSD_UML_OUT/debian-6.1.json'
+	  sh -c '$(BIN)/ktlsd bench --protocol raw --protocol http/1.1 --against nginx --size 16m --rounds 3 --json $$KTLSD_UML_OUT/debian-6.1.json'
 	[ ! -x $(LAB)/run ] || $(LAB)/run --mem 4G --timeout 1500 --out $(FIGURES) -- \
 	  sh -c '$(BIN)/ktlsd bench $(ALL) --json $$LAB_OUT/lab-7.2.json --png $$LAB_OUT/lab-7.2.png'
 	$(BIN)/python docs/figures.py
