@@ -13,7 +13,7 @@ from hpack.hpack import Decoder, decode_integer
 from hpack.huffman_table import decode_huffman
 from hpack.table import HeaderTable
 
-from ktlsd.protocol.messages import Response
+from ktlsd.protocol.messages import SECRET_FIELDS, Response
 
 HeaderList = list[tuple[bytes, bytes]]
 _STATIC_FIELDS: Final = HeaderTable.STATIC_TABLE
@@ -45,7 +45,7 @@ def decode_block(decoder: Decoder, block: bytes) -> HeaderList:
                     name = (_STATIC_FIELDS[index - 1] if index <= _STATIC_SIZE else _dynamic(dynamic, index))[0]
                 else:
                     name, at = _string(block, at)
-                value, at = _string(block, at)
+                value, at = _string(block, at, secret=name in SECRET_FIELDS)
                 if first & 0x40:
                     table.add(name, value)
             size += len(name) + len(value) + 32
@@ -75,7 +75,7 @@ def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
     return value, at + consumed
 
 
-def _string(block: bytes, at: int) -> tuple[bytes, int]:
+def _string(block: bytes, at: int, *, secret: bool = False) -> tuple[bytes, int]:
     """Return a string (§5.2) and where it ends."""
     coded = block[at] & 0x80
     length, at = _integer(block, at, 7)
@@ -84,7 +84,7 @@ def _string(block: bytes, at: int) -> tuple[bytes, int]:
         raise HPACKDecodingError("the block is cut short")
     text = block[at:end]
     if coded:
-        text = _huffman(text) if length <= _SHORT else decode_huffman(text)
+        text = _huffman(text) if length <= _SHORT and not secret else decode_huffman(text)
     return text, end
 
 

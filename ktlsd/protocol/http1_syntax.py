@@ -4,6 +4,7 @@ import re
 from typing import Final, NamedTuple
 
 from ktlsd.errors import RequestError
+from ktlsd.protocol.messages import SECRET_FIELDS
 
 MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
 MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
@@ -109,7 +110,7 @@ def understand(head: bytes) -> Understood:
     persistent = b"close" not in options and (not http10 or b"keep-alive" in options)
     body = values if b"content-length" in values or b"transfer-encoding" in values else None
     made = Understood(method.decode("ascii"), target, host, headers, http10, persistent, values.get(b"expect"), body)
-    if len(head) <= _REMEMBERED_MAX and b"authorization" not in values:
+    if len(head) <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(values):
         if len(_understood) >= _REMEMBERED:
             _understood.clear()
         _understood[head] = made

@@ -11,7 +11,7 @@ from ktlsd.errors import RequestError
 from ktlsd.protocol.engine import MAX_HEADER_LIST
 from ktlsd.protocol.header_blocks import HeaderList
 from ktlsd.protocol.http1_syntax import HOST, MAX_FIELDS
-from ktlsd.protocol.messages import Request
+from ktlsd.protocol.messages import SECRET_FIELDS, Request
 
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE: Final = re.compile(rb"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")
@@ -45,7 +45,7 @@ def request_of(headers: HeaderList, stream_id: int) -> tuple[Request, int | None
     known = _understood.get(key)
     if known is None:
         known, size = _understand(headers)
-        if size <= _REMEMBERED_MAX and not any(name == b"authorization" for name, _ in key):
+        if size <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(name for name, _ in key):
             if len(_understood) >= _REMEMBERED:
                 _understood.clear()
             _understood[key] = known
@@ -64,7 +64,8 @@ def _understand(headers: HeaderList) -> tuple[_Understood, int]:
                 raise MalformedRequest(f"pseudo-header {name[:40]!r}: unknown, repeated, or behind other fields")
             pseudo[name] = value
         else:
-            wrong = _wrong(name, value) if len(value) <= _SHORT else _wrong.__wrapped__(name, value)
+            remembered = len(value) <= _SHORT and name not in SECRET_FIELDS
+            wrong = _wrong(name, value) if remembered else _wrong.__wrapped__(name, value)
             if wrong:
                 raise MalformedRequest(f"field {name[:40]!r}: {wrong}")
             fields.append((name, value))

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Protocol
+from typing import Final, Protocol
 
 from ktlsd.errors import RequestError
 from ktlsd.slices import FileSlice, Segment
 
 Headers = list[tuple[bytes, bytes]]
+SECRET_FIELDS: Final = frozenset((b"authorization", b"cookie", b"proxy-authorization"))  # a request with one is not remembered
 
 
 @dataclass(frozen=True, slots=True)

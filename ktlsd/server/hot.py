@@ -16,7 +16,7 @@ from typing import Final
 from ktlsd.errors import FileCold, FileTruncated, RequestError
 from ktlsd.net.gather import gather
 from ktlsd.protocol.http1 import write_head
-from ktlsd.protocol.messages import Headers, Refused, Request, Response
+from ktlsd.protocol.messages import SECRET_FIELDS, Headers, Refused, Request, Response
 from ktlsd.protocol.semantics import http_date
 from ktlsd.server.later import Later
 from ktlsd.server.services import Answers, Known
@@ -115,6 +115,8 @@ class HotResponses(Answers):
             self._seen.add(hash(key))
             return
         if len(key[1]) + sum(len(name) + len(value) for name, value in key[3]) > _KEY_MAX:
+            return
+        if not SECRET_FIELDS.isdisjoint(name for name, _ in key[3]):
             return
         (part,) = response.body
         if not isinstance(part, FileSlice) or time.time() - part.file.ctime_ns / 1e9 < _SETTLED:

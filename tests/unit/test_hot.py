@@ -5,9 +5,12 @@ import re
 import time
 
 import pytest
+from hpack import Decoder, Encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktlsd.protocol import header_blocks, http1_syntax, http2_fields
+from ktlsd.protocol.header_blocks import decode_block
 from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.messages import Request, Response
 from ktlsd.protocol.semantics import http_date
@@ -277,3 +280,26 @@ def test_what_is_forgotten_is_not_known(world):
     world.hot.close()
     assert world.hot.known(asked(), time.monotonic()) is None
     assert not world.hot._by_data
+
+
+@pytest.mark.parametrize("field", [b"Authorization", b"Cookie", b"Proxy-Authorization"])
+def test_nothing_remembers_a_secret(world, field):
+    secret = b"Basic " + os.urandom(20).hex().encode()
+    data = asked(b"/file", field + b": " + secret)
+    wire = Wire(world)
+    block = Encoder().encode([(b":method", b"GET"), (b":path", b"/file"), (b":scheme", b"https"), (b":authority", b"a"),
+                              (field.lower(), secret)])  # fmt: skip
+    for _ in range(4):
+        kept, made = wire.ask(data)
+        assert kept == made
+        fields = decode_block(Decoder(), block)
+        assert (field.lower(), secret) in fields
+        world.hot.respond(http2_fields.request_of(fields, 1)[0]).close()
+    assert not wire.known
+    assert not world.hot._hot
+    memory = [http1_syntax._understood, http2_fields._understood, world.hot._by_data, world.hot._hot]
+    assert secret not in repr(memory).encode()
+    before = http2_fields._wrong.cache_info().currsize, header_blocks._huffman.cache_info().currsize
+    another = Encoder().encode([*fields[:4], (field.lower(), secret[::-1])])
+    http2_fields.request_of(decode_block(Decoder(), another), 1)
+    assert (http2_fields._wrong.cache_info().currsize, header_blocks._huffman.cache_info().currsize) == before
