@@ -11,7 +11,7 @@ from ktlsd.errors import (
     RequestError,
     UnexpectedMessage,
 )
-from ktlsd.net.plain import PlainChannel
+from ktlsd.net.plain import Mode, PlainChannel
 from ktlsd.protocol.budgets import Allowance
 from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.http2 import Http2Connection
@@ -21,7 +21,8 @@ from ktlsd.server.ledger import Ledger
 from ktlsd.server.patience import Patience
 from ktlsd.server.services import Services
 
-_BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs
+_BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs,
+_BUDGET_USERSPACE: Final = 1 << 20  # and where we encrypt them ourselves: a millisecond or two
 _RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
 _KNOWN: Final = 4  # and by the short way, where nobody looks whose turn it is
 _KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
@@ -115,10 +116,11 @@ class Conversation:
     def _pump(self, now: float) -> bool:
         http, channel = self._http, self._channel
         spent = received = 0
+        budget = _BUDGET_USERSPACE if channel.mode is Mode.USERSPACE else _BUDGET
         blocked = False
         channel.try_flush()  # the end of a response may still be held there when HTTP has nothing more to send
         while True:
-            while segments := http.next_output(_BUDGET):
+            while segments := http.next_output(budget):
                 try:
                     sent = channel.try_send(segments, body_bytes=http.body_bytes)
                 except FileCold as cold:
@@ -139,7 +141,7 @@ class Conversation:
                 if self._patience.moves(http):
                     self._achieved(now)
                 spent += sent
-                if spent >= _BUDGET or http.working:
+                if spent >= budget or http.working:
                     self._take_input(now)  # and then the others
                     return True
             if http.working and not blocked:

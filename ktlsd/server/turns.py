@@ -1,7 +1,9 @@
 """Whose turn it is: clients take turns, however many connections each of them has.
 
 With one client nothing is held back; with two, one that has 500 connections gets as much of the loop as one that has a
-single one. What is over waits here until the next round, behind those of the same client that have waited longer.
+single one. What is over waits here until the next round, behind those of the same client that have waited longer. Among a
+client's own connections those from which something came and those that go on sending come by turns: a request does not wait
+for every download that runs.
 """
 
 from collections import deque
@@ -20,24 +22,42 @@ class Waiting(Protocol):
 _W = TypeVar("_W", bound=Waiting)
 
 
+class _Line(Generic[_W]):
+    """One client's connections."""
+
+    __slots__ = ("going", "news", "news_last")
+
+    def __init__(self) -> None:
+        self.news: deque[_W] = deque()  # something came from them
+        self.going: deque[_W] = deque()  # they go on with what they have begun
+        self.news_last = False
+
+    def take(self) -> _W | None:
+        """Return the next, of either kind by turns."""
+        if not self.news and not self.going:
+            return None
+        self.news_last = bool(self.news) and not (self.news_last and self.going)
+        return self.news.popleft() if self.news_last else self.going.popleft()
+
+
 class Turns(Generic[_W]):
     """Connections that have something to do, by client, each of them once."""
 
     def __init__(self) -> None:
-        self._lines: dict[bytes, deque[_W]] = {}
+        self._lines: dict[bytes, _Line[_W]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def add(self, client: bytes, source: _W) -> None:
-        """A connection of this client has something to do."""
+    def add(self, client: bytes, source: _W, *, news: bool = False) -> None:
+        """A connection of this client has something to do; `news`: because something came from it."""
         if source.in_line:
             return
         source.in_line = True
         line = self._lines.get(client)
         if line is None:
-            line = self._lines[client] = deque()
-        line.append(source)
+            line = self._lines[client] = _Line()
+        (line.news if news else line.going).append(source)
 
     def clients(self) -> list[bytes]:
         """Return who has something to do, for one round; `take` each one's connections until its quota is spent."""
@@ -45,12 +65,11 @@ class Turns(Generic[_W]):
 
     def take(self, client: bytes) -> _W | None:
         """Return this client's next connection, which may have ended meanwhile; None if there is none."""
-        line = self._lines[client]
-        if not line:
+        source = self._lines[client].take()
+        if source is None:
             del self._lines[client]
-            return None
-        source = line.popleft()
-        source.in_line = False
+        else:
+            source.in_line = False
         return source
 
     @staticmethod

@@ -92,7 +92,7 @@ class Worker:
                 if isinstance(source, Connection):
                     source.note(event)
                     if not few or not self._answer_known(source, now):
-                        self._turns.add(source.guest.client, source)
+                        self._turns.add(source.guest.client, source, news=event.readable)
                 elif isinstance(source, Listener | Arrival):
                     for new in self._entrance.come_in(source, now, ended=event.ended):
                         self._welcome(new, now)

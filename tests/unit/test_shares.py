@@ -117,3 +117,17 @@ def test_a_connection_stands_in_line_once_and_again_after_its_turn():
     assert turns.take(b"one") is source
     assert turns.take(b"one") is None
     assert not turns
+
+
+def test_what_came_does_not_wait_for_all_that_goes_on_nor_that_for_it():
+    turns = Turns()
+    going, news = [Source(n) for n in range(10)], [Source(n) for n in range(100, 104)]
+    for source in going:
+        turns.add(b"one", source)
+    for source in news:
+        turns.add(b"one", source, news=True)
+    order = []
+    while (source := turns.take(b"one")) is not None:
+        order.append(source.fd)
+    assert order == [100, 0, 101, 1, 102, 2, 103, 3, 4, 5, 6, 7, 8, 9]
+    assert not turns
