@@ -175,6 +175,8 @@ class Channel(PlainChannel):
             error = UnexpectedMessage("the client wants to renegotiate")
             self.say_goodbye(error)
             raise error
+        if session.peer_closed:
+            self.has_input = True  # the end came along: there is no other edge for it
         return plain
 
     def _answer_key_update(self) -> None:

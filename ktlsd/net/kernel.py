@@ -35,6 +35,10 @@ _LOST: Final = frozenset(
         errno.ENETUNREACH,
         errno.ENETDOWN,
         errno.EHOSTDOWN,
+        errno.ECONNREFUSED,  # these four by ICMP, when TCP gives up
+        errno.EACCES,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
         errno.ENOMEM,
         errno.ENOBUFS,
         errno.EBADMSG,

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
-from ktlsd.errors import FileCold, FileTruncated, PeerError
+from ktlsd.errors import FileCold, FileTruncated, PeerError, PeerTruncated
 from ktlsd.net.gather import gather
 from ktlsd.net.kernel import IOV_MAX, Kernel
 from ktlsd.net.mappings import Mappings
@@ -63,9 +63,15 @@ class UserspaceTx:
                 break  # the caller has to know first what is gone
             if not plain:
                 break
-            accepted += len(plain)
+            before, accepted = accepted, accepted + len(plain)
             self._unsent = [*self._session.encrypt(plain)]
-            if not self.flush():
+            try:
+                flushed = self.flush()
+            except PeerTruncated:
+                if not before:
+                    raise
+                return before  # that much went; the next call finds the connection lost
+            if not flushed:
                 self._burst = _BURST_MIN
                 break
             self._burst = min(self._burst * 2, _BURST_MAX)

@@ -110,7 +110,7 @@ def understand(head: bytes) -> Understood:
     persistent = b"close" not in options and (not http10 or b"keep-alive" in options)
     body = values if b"content-length" in values or b"transfer-encoding" in values else None
     made = Understood(method.decode("ascii"), target, host, headers, http10, persistent, values.get(b"expect"), body)
-    if len(head) <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(values):
+    if len(head) <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(values) and b"signature=" not in target:
         if len(_understood) >= _REMEMBERED:
             _understood.clear()
         _understood[head] = made

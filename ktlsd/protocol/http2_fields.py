@@ -45,7 +45,7 @@ def request_of(headers: HeaderList, stream_id: int) -> tuple[Request, int | None
     known = _understood.get(key)
     if known is None:
         known, size = _understand(headers)
-        if size <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(name for name, _ in key):
+        if size <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(name for name, _ in key) and b"signature=" not in known.target:
             if len(_understood) >= _REMEMBERED:
                 _understood.clear()
             _understood[key] = known

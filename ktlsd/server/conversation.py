@@ -19,7 +19,7 @@ from ktlsd.protocol.messages import Refused, Request
 from ktlsd.server.later import Later, read_ahead
 from ktlsd.server.ledger import Ledger
 from ktlsd.server.patience import Patience
-from ktlsd.server.services import Services
+from ktlsd.server.services import Known, Services
 
 _BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs,
 _BUDGET_USERSPACE: Final = 1 << 20  # and where we encrypt them ourselves: a millisecond or two
@@ -70,33 +70,43 @@ class Conversation:
         http, channel, services = self._http1, self._channel, self._services
         assert http is not None
         spent = 0
-        try:
-            for _ in range(_KNOWN):
+        for _ in range(_KNOWN):
+            try:
                 data = channel.try_receive()
                 if not data or channel.facts.key_updates != self._key_updates_seen:
                     self._received(data, now)
                     break
-                known = services.responder.known(data, now)
-                if known is None or not channel.try_send_whole(known.wire, body_bytes=known.body_bytes):
-                    self._understand(data, now)
-                    break
-                count = len(known.wire)
-                spent += count
-                self._ledger.answered(known.request, known.body_bytes, channel)
-                self._patience.rested(now)
-                if not http.answered(count) or channel.expiring:
-                    break
-                if not channel.has_input:
-                    self._sent += spent
-                    return spent
-        except PeerTruncated:
-            http.end_of_input()
-        except PeerError as error:
-            self._failure = error
+            except PeerTruncated:
+                http.end_of_input()
+                break
+            except PeerError as error:
+                self._failure = error
+                break
+            known = services.responder.known(data, now)
+            if known is None or not self._send_known(known):
+                self._understand(data, now)
+                break
+            count = len(known.wire)
+            spent += count
+            self._ledger.answered(known.request, known.body_bytes, channel)
+            self._patience.rested(now)
+            if not http.answered(count) or channel.expiring:
+                break
+            if not channel.has_input:
+                self._sent += spent
+                return spent
         self.rests = False  # until `pump` finds that it does
         self._sent += spent
         self.spent += spent
         return None
+
+    def _send_known(self, known: Known) -> bool:
+        """Send an answer whole or nothing of it; whether it went. If the connection is lost, it is as if it had been begun."""
+        try:
+            return self._channel.try_send_whole(known.wire, body_bytes=known.body_bytes)
+        except PeerError as error:
+            self._failure = error
+            return False
 
     # --- every other way -------------------------------------------------------------------------------------------
 
@@ -204,13 +214,13 @@ class Conversation:
 
     def _understand(self, data: bytes, now: float) -> None:
         http = self._http
-        begun = http.head_begun
+        begun, rested = http.head_begun, self._http1 is not None and self._http1.at_rest
         requests = http.receive(data, now)
         if not begun and not requests and http.head_begun and not http.busy:
             self._achieved(now)
         for request in requests:
             self._answer(request, now)
-            if self._http1 is not None and not begun and self._http1.is_plain:
+            if rested and self._http1 is not None and self._http1.is_plain:
                 self._services.responder.recognise(data, request)
 
     # --- answers ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ _SETTLED: Final = 0.1  # seconds since the last change: two changes within a tic
 _ENTRIES: Final = 512  # each has a descriptor
 _MEMORY: Final = 16 << 20  # bytes
 _SEEN: Final = 4_096
-_KEY_MAX: Final = 1_024  # bytes of a request
+_KEY_MAX: Final = 1_024  # bytes of a request,
+_DATA_MAX: Final = 1_536  # and as it came
 
 Key = tuple[str, bytes, bytes, tuple[tuple[bytes, bytes], ...]]
 
@@ -79,6 +80,8 @@ class HotResponses(Answers):
 
     def recognise(self, data: bytes, request: Request | Refused) -> None:
         """Say that this request came as these bytes."""
+        if len(data) > _DATA_MAX:
+            return
         if isinstance(request, Request) and (hot := self._hot.get(_key(request))) is not None and not hot.data:
             hot.data, hot.known, hot.second = data, Known(request, len(hot.body), b""), 0
             self._by_data[data] = hot

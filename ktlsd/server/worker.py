@@ -91,7 +91,7 @@ class Worker:
                 source = event.source
                 if isinstance(source, Connection):
                     source.note(event)
-                    if not few or not self._answer_known(source, now):
+                    if not few or self._answer_known(source, now) is None:
                         self._turns.add(source.guest.client, source, news=event.readable)
                 elif isinstance(source, Listener | Arrival):
                     for new in self._entrance.come_in(source, now, ended=event.ended):
@@ -111,21 +111,34 @@ class Worker:
             connection = self._turns.take(client)
             if connection is None:
                 return
-            if connection.has_ended or self._answer_known(connection, now):
-                quota -= self._turns.cost(0)
-                continue
-            self._pump(connection, now)
-            spent = connection.take_spent()
-            if self._shares is not None and spent:
-                self._shares.sent(client, connection.fileno(), spent)
+            spent = 0 if connection.has_ended else self._answer_known(connection, now)
+            if spent is None:
+                self._pump(connection, now)
+                spent = connection.take_spent()
+                if self._shares is not None and spent:
+                    self._shares.sent(client, connection.fileno(), spent)
             quota -= self._turns.cost(spent)
 
-    def _answer_known(self, connection: Connection, now: float) -> bool:
-        """Take the short way, if that is all; nothing but the connection's deadline has changed then, which is later now."""
-        spent = connection.answer_known(now)
+    def _answer_known(self, connection: Connection, now: float) -> int | None:
+        """Take the short way, if that is all: return how many bytes were sent. None: `_pump` has to follow.
+
+        Nothing but the connection's deadline has changed then, which is later now.
+        """
+        try:
+            spent = connection.answer_known(now)
+        except Exception:
+            self._drop(connection)
+            return 0
         if spent and self._shares is not None:
             self._shares.sent(connection.guest.client, connection.fileno(), spent)
-        return spent is not None
+        return spent
+
+    def _drop(self, connection: Connection) -> None:
+        """An exception that nobody expects is our bug: this connection ends, the worker lives. Call it where it is caught."""
+        _log.exception("bug: connection dropped")
+        self._metrics.count("ended:bug")
+        connection.shut()
+        self._ended(connection)
 
     def _clock(self, now: float) -> None:
         """Everything that is due by the clock and not by a connection's deadline."""
@@ -207,11 +220,9 @@ class Worker:
         fd = connection.fileno()
         try:
             turn, complaint = connection.pump(now)
-        except Exception:  # our bug: this connection ends, the worker lives
-            _log.exception("bug: connection dropped")
-            self._metrics.count("ended:bug")
-            connection.shut()
-            turn, complaint = Turn.CLOSED, None
+        except Exception:
+            self._drop(connection)
+            return
         if complaint:
             _log.info("%s", complaint)
         while job := connection.take_job():
@@ -259,11 +270,8 @@ class Worker:
                         connection.go_on(stream_id)
                     else:
                         connection.resume(stream_id, now, refusal=refusal)
-                except Exception:  # our bug: this connection ends, the worker lives
-                    _log.exception("bug: connection dropped")
-                    self._metrics.count("ended:bug")
-                    connection.shut()
-                    self._ended(connection)
+                except Exception:
+                    self._drop(connection)
                     continue
                 self._turns.add(connection.guest.client, connection)
 

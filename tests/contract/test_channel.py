@@ -276,6 +276,24 @@ def test_a_session_that_stays_in_userspace_forgets_its_secret():
     pair.done()
 
 
+def test_what_went_before_the_connection_was_lost_is_told(monkeypatch):
+    pair = make("userspace")
+    calls = []
+
+    def third_is_lost(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise PeerTruncated("connection lost: reset")
+        return sum(map(len, args[1]))
+
+    monkeypatch.setattr(pair.kernel, "send", third_is_lost)
+    assert pair.channel.try_send([bytes(1_000_000)]) == 65_536 + 131_072, "two steps went"
+    monkeypatch.setattr(pair.kernel, "send", lambda *_, **__: (_ for _ in ()).throw(PeerTruncated("connection lost: reset")))
+    with pytest.raises(PeerTruncated):
+        pair.channel.try_send([bytes(1_000)])
+    pair.done()
+
+
 def test_receive_gives_what_the_client_sent(pair):
     assert pair.channel.try_receive() is None
     pair.client.send(b"GET / HTTP/1.1\r\n\r\n")
