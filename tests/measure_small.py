@@ -179,7 +179,9 @@ def main() -> None:
         found = subprocess.run(["pgrep", "-f", f"nginx.*{folder}"], capture_output=True, text=True, check=False).stdout.split()
         other = (theirs.get("nginx", 0), [pid for master in found for pid in workers(int(master))])
         for what, tool, ask in (("http1", "wrk", wrk), ("http2", "h2load", h2load), ("handshakes", "true", handshakes)):
-            if what in asked.what and theirs and shutil.which(tool):
+            if what in asked.what and not (theirs and shutil.which(tool)):
+                print(f"{what}: not measured: apt-get install nginx-light wrk nghttp2-client")
+            elif what in asked.what:
                 pairs(what, asked.rounds, ask, ours, other)
         if "fairness" in asked.what:
             fairness(server.port)
