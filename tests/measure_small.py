@@ -24,17 +24,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests import measure, pki
-from tests.serving import program
+from tests.serving import Program, program
 
 SECONDS = 3
 TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 TLS.check_hostname, TLS.verify_mode = False, ssl.CERT_NONE
+
+
+def serve(folder: Path, *more: str) -> AbstractContextManager[Program]:
+    """Userspace mode; a connection may ask as often as the tools like, as with the peer."""
+    (folder / "many.toml").write_text("[limits]\nrequests_per_connection = 10000000\n")
+    own = ("--cert", "cert.pem", "--key", "key.pem", "--ktls", "off", "--config", "many.toml")
+    return program("root", *own, *more, cwd=folder)
 
 
 def cpu(pids: list[int]) -> float:
@@ -105,12 +112,7 @@ def two_workers(folder: Path, rounds: int) -> None:
     found: dict[str, list[float]] = {"1": [], "2": []}
     shares = []
     with ExitStack() as stack:
-        servers = {
-            n: stack.enter_context(
-                program("root", "--cert", "cert.pem", "--key", "key.pem", "--ktls", "off", "--workers", n, cwd=folder)
-            )
-            for n in found
-        }
+        servers = {n: stack.enter_context(serve(folder, "--workers", n)) for n in found}
         for _ in range(rounds):
             for count, server in servers.items():
                 pids = workers(server.process.pid)
@@ -173,7 +175,7 @@ def main() -> None:
         for file, size in (("10k", 10_240), ("small", 100), ("16m", 16 << 20)):
             (folder / "root" / file).write_bytes(bytes(size))
         pki.write(folder)
-        server = stack.enter_context(measure.serve(folder, "off"))
+        server = stack.enter_context(serve(folder, "--workers", "1"))
         theirs = stack.enter_context(measure.nginx(folder))
         ours = (server.port, workers(server.process.pid))
         found = subprocess.run(["pgrep", "-f", f"nginx.*{folder}"], capture_output=True, text=True, check=False).stdout.split()

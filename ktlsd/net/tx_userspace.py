@@ -20,6 +20,7 @@ from ktlsd.tls.session import STEP, Bios, Session
 _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
 _BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
 _TAIL: Final = records.MAX_PLAINTEXT  # a rest that is no longer goes along with the last step
+WHOLE_MAX: Final = _BURST_MAX  # bytes that go whole or not at all
 _STEPS: Final = 4  # in one call, while the socket takes them
 SCRATCH: Final = 524_288  # bytes
 
@@ -79,8 +80,12 @@ class UserspaceTx:
 
     def send_whole(self, data: bytes) -> bool:
         """Encrypt and send all of it, or nothing if older ciphertext still waits or it is too much to hold."""
-        if len(data) > STEP or (self._unsent and not self.flush()):
+        if len(data) > WHOLE_MAX or (self._unsent and not self.flush()):
             return False
+        if len(data) > STEP:
+            self._unsent = [*self._session.encrypt(memoryview(data))]
+            self.flush()
+            return True
         ciphertext = self._session.encrypt_step(data)
         sent = self._kernel.send(self._sock, (ciphertext,), more=False)
         if sent != len(ciphertext):

@@ -62,3 +62,9 @@ class Budgets:
             self.resets.earn(count)
             self.control.earn(count)
             self.windows.earn(2 * count)
+
+    def exchanged(self, count: int) -> None:
+        """Both at once, for responses of one DATA frame each."""
+        for bucket, amount in ((self.windows, 4 * count), (self.control, count), (self.resets, count)):
+            if bucket.left >= 0:
+                bucket.earn(amount)

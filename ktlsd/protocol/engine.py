@@ -1,10 +1,13 @@
-"""h2's connection, and the three ways round it: a response's header, DATA whose payload nobody has read, a plain request.
+"""h2's connection, and the ways round it: a response's header, DATA whose payload nobody has read, a plain request, and a
+request with its answer at once.
 
 h2 keeps the state: streams, windows, settings, HPACK of what comes. It would also copy every payload and spend 60 us on each
-header, so each of the three does to its state exactly what its own method does and leaves the bytes to us. Properties
+header, so each of them does to its state exactly what its own method does and leaves the bytes to us. Properties
 (tests/unit/test_engine.py) hold them against h2's own in every sequence.
 """
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final, cast
 
 from h2.config import H2Configuration
@@ -48,6 +51,15 @@ def goaway(last: int, code: ErrorCodes, why: str = "") -> bytes:
     """Return a GOAWAY frame; `why` is for whoever looks for the reason."""
     payload = last.to_bytes(4, "big") + int(code).to_bytes(4, "big") + why.encode("ascii", "replace")[:200]
     return frame_header(len(payload), GOAWAY, 0, 0) + payload
+
+
+def count_resets(frames: bytes) -> int:
+    """Return how many of these whole frames are RST_STREAM."""
+    count = at = 0
+    while at < len(frames):
+        count += frames[at + 3] == RST_STREAM
+        at += 9 + int.from_bytes(frames[at : at + 3], "big")
+    return count
 
 
 class _Few(list[int]):
@@ -123,7 +135,7 @@ class Engine(H2Connection):
         if increment:
             self._data_to_send += frame_header(4, WINDOW_UPDATE, 0, 0) + increment.to_bytes(4, "big")
 
-    # --- the three ways round --------------------------------------------------------------------------------------
+    # --- the ways round -----------------------------------------------------------------------------------------
 
     def takes_request(self, stream_id: int) -> bool:
         """Whether HEADERS on this stream would open it, and nothing is special about them."""
@@ -192,6 +204,19 @@ class Engine(H2Connection):
             stream.state_machine.process_input(StreamInputs.SEND_END_STREAM)
         stream.outbound_flow_control_window -= payload
         self.outbound_flow_control_window -= payload
+
+    def exchange(self, ids: Sequence[int], payload: int, credit: int) -> None:
+        """As if plain requests had come on these streams and each had been answered whole, `payload` bytes of DATA in all.
+
+        `credit` is what the connection's window has grown by meanwhile. The caller has looked at the windows.
+        """
+        closed: OrderedDict[int, StreamClosedBy | None] = self._closed_streams  # type: ignore[assignment]  # it is one
+        for stream_id in ids:
+            OrderedDict.__setitem__(closed, stream_id, StreamClosedBy.SEND_END_STREAM)  # its own looks at the size each time
+            self.highest_inbound_stream_id = stream_id
+        while len(closed) > self.MAX_CLOSED_STREAMS:
+            closed.popitem(last=False)
+        self.outbound_flow_control_window += credit - payload
 
     def _input(self, what: ConnectionInputs) -> None:
         """Tell the connection's state machine; once a request has come, headers and data change nothing in it."""

@@ -8,7 +8,7 @@ from collections import deque
 from functools import lru_cache
 from typing import Final
 
-from hpack.exceptions import HPACKDecodingError, InvalidTableIndex, OversizedHeaderListError
+from hpack.exceptions import HPACKDecodingError, HPACKError, InvalidTableIndex, OversizedHeaderListError
 from hpack.hpack import Decoder, decode_integer
 from hpack.huffman_table import decode_huffman
 from hpack.table import HeaderTable
@@ -21,10 +21,26 @@ _STATIC_SIZE: Final = len(_STATIC_FIELDS)
 _SHORT: Final = 256  # bytes; longer strings are not worth remembering
 
 
+class _Changing(HPACKError):
+    """A block that would change the table, where it must not."""
+
+
 def decode_block(decoder: Decoder, block: bytes) -> HeaderList:
     """Return the header list of a whole block and change the decoder's table as it says. Raises hpack's errors."""
     if block and block[0] & 0xE0 == 0x20:  # a new size for the table
         return [(bytes(name), bytes(value)) for name, value in decoder.decode(block, raw=True)]
+    return _decode(decoder, block)
+
+
+def peek_block(decoder: Decoder, block: bytes) -> HeaderList | None:
+    """Return the header list of a whole block that leaves the decoder's table alone; None for any other, or a wrong one."""
+    try:
+        return _decode(decoder, block, may_change=False)
+    except HPACKError:
+        return None
+
+
+def _decode(decoder: Decoder, block: bytes, *, may_change: bool = True) -> HeaderList:
     table = decoder.header_table
     dynamic = table.dynamic_entries
     fields: HeaderList = []
@@ -37,6 +53,8 @@ def decode_block(decoder: Decoder, block: bytes) -> HeaderList:
                 index, at = (first & 0x7F, at + 1) if first != 0xFF else _integer(block, at, 7)
                 name, value = _STATIC_FIELDS[index - 1] if 0 < index <= _STATIC_SIZE else _dynamic(dynamic, index)
             else:  # §6.2
+                if first & 0x40 and not may_change:
+                    raise _Changing
                 if first & 0xE0 == 0x20:
                     raise HPACKDecodingError("Table size update not at the start of the block")
                 bits = 6 if first & 0x40 else 4

@@ -19,10 +19,11 @@ from ktlsd.protocol.engine import Engine, error_code, frame_header
 from ktlsd.protocol.header_blocks import FORGET_TABLE, HeaderList, block_of
 from ktlsd.protocol.http2_fields import MalformedRequest, request_line, request_of
 from ktlsd.protocol.http2_input import LAST_STREAM, PREFACE, Frame, Input
+from ktlsd.protocol.http2_known import Asked, Known
 from ktlsd.protocol.http2_output import Output
 from ktlsd.protocol.http2_stream import Stream
 from ktlsd.protocol.messages import Ended, Refused, Request, Response
-from ktlsd.protocol.priorities import UNSAID, Priority, parse_priority, parse_update
+from ktlsd.protocol.priorities import UNSAID, Early, parse_priority, parse_update
 from ktlsd.slices import Outgoing
 
 _SMALL: Final = 1_024  # bytes; shorter frames that nobody wants have to be paid for
@@ -44,7 +45,8 @@ class Http2Connection:
         self._output.control(self._engine.data_to_send())
         self._budgets = Budgets()
         self._input = Input(self._budgets)
-        self._early: dict[int, Priority] = {}  # PRIORITY_UPDATE that came before its request
+        self.known = Known(self._engine)
+        self._early = Early(wire.MAX_STREAMS)
         self._found: list[Request | Refused] = []
         self._left = max_requests
         self._stall_timeout = stall_timeout
@@ -107,6 +109,13 @@ class Http2Connection:
         over = self.fault is not None or (self._last_told and not output.streams)
         return over or (self._input_ended and not output.can_go_on)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is begun, owed or about to end: then `known` may read what comes next."""
+        begun = self._output.streams or self._output.queued or self._input.begun or self._early or self._first_response
+        over = self._draining or self._input_ended or self.fault is not None or self._left <= wire.MAX_STREAMS
+        return not (begun or over) and self._acknowledge_by == float("inf")
+
     # --- input -----------------------------------------------------------------------------------------------------
 
     def receive(self, data: bytes, now: float = 0.0) -> list[Request | Refused]:
@@ -134,7 +143,6 @@ class Http2Connection:
         if now >= self._look_at:
             self._look_at = now + 1.0
             for stream in self._output.stalled(now, self._stall_timeout):
-                self._output.abort(stream.id)
                 self._reset(stream.id, ErrorCodes.CANCEL)
         found, self._found = self._found, []
         return found if self.fault is None else []
@@ -165,11 +173,9 @@ class Http2Connection:
 
     def _plain_request(self, frame: bytes, flags: int, stream_id: int) -> None:
         """HEADERS that are a whole request: the one frame that comes all the time."""
-        start = 9
-        if flags & wire.HAS_PRIORITY:  # RFC 9113 §5.3: read over, but it must not depend on itself
-            start += 5
-            if int.from_bytes(frame[9:13], "big") & LAST_STREAM == stream_id:
-                raise Http2Error("PROTOCOL_ERROR", "a stream that depends on itself")
+        start = 9 + 5 if flags & wire.HAS_PRIORITY else 9  # RFC 9113 §5.3: read over, but it must not depend on itself
+        if start > 9 and int.from_bytes(frame[9:13], "big") & LAST_STREAM == stream_id:
+            raise Http2Error("PROTOCOL_ERROR", "a stream that depends on itself")
         end_stream = bool(flags & wire.END_STREAM)
         headers = self._engine.receive_request(stream_id, frame[start:], end_stream=end_stream)
         self._request(stream_id, headers, end_stream=end_stream)
@@ -177,11 +183,8 @@ class Http2Connection:
     def _pass_on(self) -> None:
         """Queue what h2 wants to say; streams that it resets because of the client are the client's resets too."""
         said = self._engine.data_to_send() if self._engine._data_to_send else b""
-        at = 0
-        while at < len(said):
-            if said[at + 3] == wire.RST_STREAM:
-                self._pay_for_reset()
-            at += 9 + int.from_bytes(said[at : at + 3], "big")
+        for _ in range(wire.count_resets(said)):
+            self._pay_for_reset()
         if said and self.fault is None:
             self._output.control(said)
 
@@ -200,7 +203,7 @@ class Http2Connection:
 
     def _request(self, stream_id: int, headers: HeaderList, *, end_stream: bool) -> None:
         output = self._output
-        priority = self._early.pop(stream_id, None)
+        priority = self._early.take(stream_id)
         if len(output.streams) >= wire.MAX_STREAMS or self._last_told:
             self._reset(stream_id, ErrorCodes.REFUSED_STREAM)
             self._pay_for_reset(self._budgets.control if self._last_told else self._budgets.resets)
@@ -216,10 +219,8 @@ class Http2Connection:
         output.add(stream)
         found: Request | Refused
         try:
-            found, length = request_of(headers, stream_id)
+            found, length = request_of(headers, stream_id, whole=end_stream)
             stream.body_left = length
-            if end_stream and length:
-                raise MalformedRequest("content-length without content")
             said = found.header(b"priority") if priority is None else None
             stream.priority = priority or (UNSAID if said is None else parse_priority(said))
             if not end_stream and length is not None and length > MAX_BODY:
@@ -234,9 +235,6 @@ class Http2Connection:
             self._engine.streams[stream_id]._expected_content_length = None  # checked here: h2 would end the connection
         self._found.append(found)
 
-    def _request_slow(self, event: events.RequestReceived) -> None:
-        self._request(event.stream_id, event.headers, end_stream=event.stream_ended is not None)
-
     def _data(self, event: events.DataReceived) -> None:
         """A request's body: dropped, its length checked."""
         assert event.flow_controlled_length is not None
@@ -244,17 +242,10 @@ class Http2Connection:
         self._engine.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         if stream is None:
             return
-        count = len(event.data or b"")
-        stream.body_dropped += event.flow_controlled_length
-        if stream.body_left is not None:
-            stream.body_left -= count
-            if stream.body_left < 0 or (event.stream_ended is not None and stream.body_left):
-                self._break(stream, ErrorCodes.PROTOCOL_ERROR)
-                return
-        if stream.body_dropped > MAX_BODY:
-            self._break(stream, ErrorCodes.ENHANCE_YOUR_CALM)
-        elif event.stream_ended is not None:
-            stream.request_open = False
+        ended = event.stream_ended is not None
+        code = stream.drop_content(len(event.data or b""), event.flow_controlled_length, ended=ended)
+        if code is not None:
+            self._break(stream, code)
 
     def _trailers(self, event: events.TrailersReceived) -> None:
         stream = self._output.streams.get(event.stream_id)
@@ -271,11 +262,11 @@ class Http2Connection:
 
     def _break(self, stream: Stream, code: ErrorCodes) -> None:
         """A stream error (RFC 9113 §5.4.2) of the client's making."""
-        self._output.abort(stream.id)
         self._reset(stream.id, code)
         self._pay_for_reset()
 
     def _reset(self, stream_id: int, code: ErrorCodes) -> None:
+        self._output.abort(stream_id)
         self._engine.reset_stream(stream_id, code)
         self._output.control(self._engine.data_to_send())
         self._engine.forget(stream_id)
@@ -289,8 +280,8 @@ class Http2Connection:
         stream = self._output.streams.get(about)
         if stream is not None:
             stream.priority = priority
-        elif about > self._engine.highest_inbound_stream_id and (about in self._early or len(self._early) < wire.MAX_STREAMS):
-            self._early[about] = priority
+        elif about > self._engine.highest_inbound_stream_id:
+            self._early.put(about, priority)
 
     # --- ends ------------------------------------------------------------------------------------------------------
 
@@ -343,7 +334,6 @@ class Http2Connection:
         if stream.malformed:
             stream.status = response.status
             response.close()
-            self._output.abort(stream_id)
             self._reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
             return
         self.body_bytes = max(self.body_bytes, response.body_bytes)
@@ -354,6 +344,17 @@ class Http2Connection:
             self._first_response = False
             block = FORGET_TABLE + block
         self._output.respond(stream, response, block)
+
+    def answered(self, asked: Asked, payload: int, now: float) -> bool:
+        """What `known` read while it was `at_rest` has been answered, with so many bytes of DATA; whether it still is."""
+        count = len(asked.ids)
+        self._engine.exchange(asked.ids, payload, asked.credit)
+        self._left -= count
+        self._output.progress += count
+        if asked.updates and not self._budgets.windows.spend(now, asked.updates):
+            self._end(Http2Error("ENHANCE_YOUR_CALM", "flood of WINDOW_UPDATE frames"))
+        self._budgets.exchanged(count)
+        return self.fault is None and self._left > wire.MAX_STREAMS
 
     def next_output(self, budget: int) -> Sequence[Outgoing]:
         """Return the segments to send next, about `budget` bytes; [] if there are none now."""
@@ -385,13 +386,12 @@ class Http2Connection:
         """The file that stands first in the output can't be sent; whether the others can go on without its stream."""
         stream = self._output.first_planned()
         if stream is not None:  # else in the middle of a frame
-            self._output.abort(stream.id)
             self._reset(stream.id, ErrorCodes.INTERNAL_ERROR)
         return stream is not None
 
 
 _HANDLERS: Final[dict[type, Callable[[Http2Connection, Any], None]]] = {
-    events.RequestReceived: Http2Connection._request_slow,
+    events.RequestReceived: lambda self, it: self._request(it.stream_id, it.headers, end_stream=it.stream_ended is not None),
     events.DataReceived: Http2Connection._data,
     events.TrailersReceived: Http2Connection._trailers,
     events.StreamReset: Http2Connection._stream_reset,

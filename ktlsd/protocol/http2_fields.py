@@ -39,8 +39,11 @@ _REMEMBERED: Final = 1_024
 _REMEMBERED_MAX: Final = 1_024  # bytes of a list, with 32 for each field
 
 
-def request_of(headers: HeaderList, stream_id: int) -> tuple[Request, int | None]:
-    """Return the request and its body's length, None if it isn't said. Raises MalformedRequest, RequestError."""
+def request_of(headers: HeaderList, stream_id: int, *, whole: bool = True) -> tuple[Request, int | None]:
+    """Return the request and its body's length, None if it isn't said. Raises MalformedRequest, RequestError.
+
+    `whole`: nothing follows the header list; then the request names it, so that an equal one can be recognised.
+    """
     key = tuple(headers)
     known = _understood.get(key)
     if known is None:
@@ -49,7 +52,10 @@ def request_of(headers: HeaderList, stream_id: int) -> tuple[Request, int | None
             if len(_understood) >= _REMEMBERED:
                 _understood.clear()
             _understood[key] = known
-    return Request(known.method, known.target, known.host, known.fields, "HTTP/2", stream_id), known.length
+    if whole and known.length:
+        raise MalformedRequest("content-length without content")
+    fields = key if whole else None
+    return Request(known.method, known.target, known.host, known.fields, "HTTP/2", stream_id, fields), known.length
 
 
 def _understand(headers: HeaderList) -> tuple[_Understood, int]:

@@ -2,8 +2,10 @@
 
 from collections import deque
 
+from h2.errors import ErrorCodes
 from h2.stream import H2Stream
 
+from ktlsd.protocol.bodies import MAX_BODY
 from ktlsd.protocol.messages import Stream as Source
 from ktlsd.protocol.priorities import UNSAID, Priority
 from ktlsd.slices import FileSlice
@@ -54,6 +56,21 @@ class Stream:
         self.seen_at = 0.0
         self.paused = False  # it had no window when it was its turn
         self.served = 0  # bytes, counted from where the others stood when this one came, or came back
+
+    def drop_content(self, count: int, charged: int, *, ended: bool) -> ErrorCodes | None:
+        """Account for content of the request, which nobody reads: `count` bytes, `charged` to the windows.
+
+        Return the stream error that it is (RFC 9113 §8.1.1), if it is not what was announced, or too much.
+        """
+        self.body_dropped += charged
+        if self.body_left is not None:
+            self.body_left -= count
+            if self.body_left < 0 or (ended and self.body_left):
+                return ErrorCodes.PROTOCOL_ERROR
+        if self.body_dropped > MAX_BODY:
+            return ErrorCodes.ENHANCE_YOUR_CALM
+        self.request_open = not ended
+        return None
 
     def close(self) -> None:
         """Let go of what is left of the response."""

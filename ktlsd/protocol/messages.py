@@ -8,6 +8,7 @@ from ktlsd.errors import RequestError
 from ktlsd.slices import FileSlice, Segment
 
 Headers = list[tuple[bytes, bytes]]
+Fields = tuple[tuple[bytes, bytes], ...]  # as they came; :method and the like among them
 SECRET_FIELDS: Final = frozenset((b"authorization", b"cookie", b"proxy-authorization"))  # a request with one is not remembered
 
 
@@ -24,6 +25,7 @@ class Request:
     headers: tuple[tuple[bytes, bytes], ...]
     version: str  # "HTTP/1.1", "HTTP/1.0", "HTTP/2"
     stream_id: int
+    fields: Fields | None = field(default=None, compare=False, repr=False)  # of HTTP/2: all it consists of, if it has no body
 
     def header(self, name: bytes) -> bytes | None:
         """Return the value of a field, its lines joined by ", " (RFC 9110 §5.3); None if it was not sent."""

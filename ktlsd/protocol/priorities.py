@@ -23,6 +23,29 @@ class Priority:
 UNSAID: Final = Priority(3, incremental=True)
 
 
+class Early:
+    """What PRIORITY_UPDATE said of requests that have not come yet."""
+
+    __slots__ = ("_said", "_size")
+
+    def __init__(self, size: int) -> None:
+        """It remembers so many requests; of more it knows nothing."""
+        self._size = size
+        self._said: dict[int, Priority] = {}
+
+    def __len__(self) -> int:
+        return len(self._said)
+
+    def put(self, about: int, priority: Priority) -> None:
+        """Remember the latest about one request."""
+        if about in self._said or len(self._said) < self._size:
+            self._said[about] = priority
+
+    def take(self, about: int) -> Priority | None:
+        """Return it, the request is here; None if nothing was said."""
+        return self._said.pop(about, None)
+
+
 def parse_priority(value: bytes) -> Priority:
     """Return what a Priority field or a PRIORITY_UPDATE says; what is malformed or missing has its default (RFC 9218 §4)."""
     urgency = _URGENCY.findall(value)

@@ -12,9 +12,11 @@ from ktlsd.errors import (
     UnexpectedMessage,
 )
 from ktlsd.net.plain import Mode, PlainChannel
+from ktlsd.net.tx_userspace import WHOLE_MAX
 from ktlsd.protocol.budgets import Allowance
 from ktlsd.protocol.http1 import Http1Connection
 from ktlsd.protocol.http2 import Http2Connection
+from ktlsd.protocol.http2_known import Asked
 from ktlsd.protocol.messages import Refused, Request
 from ktlsd.server.later import Later, read_ahead
 from ktlsd.server.ledger import Ledger
@@ -24,6 +26,7 @@ from ktlsd.server.services import Known, Services
 _BUDGET: Final = 4 << 20  # bytes one connection may send in its turn before the others have theirs,
 _BUDGET_USERSPACE: Final = 1 << 20  # and where we encrypt them ourselves: a millisecond or two
 _RECEIVES: Final = 16  # times one connection may receive in its turn, 16 KiB each
+_KNOWN_MAX: Final = WHOLE_MAX - 16_384  # bytes of bodies in one such answer; headers come to it
 _KNOWN: Final = 4  # and by the short way, where nobody looks whose turn it is
 _KEY_UPDATES_PER_SECOND: Final = 100  # more is an attack; Java clients have been seen with dozens (HAProxy)
 
@@ -32,8 +35,8 @@ class Conversation:
     """HTTP with one client. Belongs to a connection, which knows how it began and ends it when `is_over`."""
 
     __slots__ = (
-        "_channel", "_failure", "_faulted", "_http", "_http1", "_key_updates", "_key_updates_seen", "_ledger", "_mode",
-        "_patience", "_sent", "_services", "complaint", "jobs", "rests", "spent",
+        "_channel", "_failure", "_faulted", "_http", "_http1", "_http2", "_key_updates", "_key_updates_seen", "_ledger",
+        "_mode", "_patience", "_sent", "_services", "complaint", "jobs", "rests", "spent",
     )  # fmt: skip
 
     def __init__(self, channel: PlainChannel, services: Services, patience: Patience, client: str) -> None:
@@ -44,13 +47,14 @@ class Conversation:
         self._ledger = Ledger(services.access_log, services.metrics, client)
         self._mode = channel.mode
         self._http1: Http1Connection | None = None
+        self._http2: Http2Connection | None = None
+        self._http: Http1Connection | Http2Connection
         if channel.facts.alpn == "h2":
-            self._http: Http1Connection | Http2Connection
-            self._http = Http2Connection(limits.requests_per_connection, limits.progress_timeout)
+            self._http = self._http2 = Http2Connection(limits.requests_per_connection, limits.progress_timeout)
             services.metrics.count("connections_http2")
         else:
             self._http = self._http1 = Http1Connection(max_requests=limits.requests_per_connection)
-        self.rests = self._http1 is not None  # HTTP/1.1, and it stands between two requests
+        self.rests = self._http.at_rest  # it stands between two requests
         self._key_updates = Allowance(_KEY_UPDATES_PER_SECOND, _KEY_UPDATES_PER_SECOND)
         self._key_updates_seen = 0
         self._faulted = False
@@ -63,12 +67,11 @@ class Conversation:
     # --- the short way ---------------------------------------------------------------------------------------------
 
     def answer_known(self, now: float) -> int | None:
-        """While it `rests`: answer requests that came before, byte for byte, with what was kept; return how many bytes went.
+        """While it `rests`: answer requests that came before, in the same form, with what was kept; return how many bytes went.
 
         None: there is more to do than that, `pump` has to follow.
         """
-        http, channel, services = self._http1, self._channel, self._services
-        assert http is not None
+        channel = self._channel
         spent = 0
         for _ in range(_KNOWN):
             try:
@@ -77,20 +80,14 @@ class Conversation:
                     self._received(data, now)
                     break
             except PeerTruncated:
-                http.end_of_input()
+                self._http.end_of_input()
                 break
             except PeerError as error:
                 self._failure = error
                 break
-            known = services.responder.known(data, now)
-            if known is None or not self._send_known(known):
-                self._understand(data, now)
-                break
-            count = len(known.wire)
+            count, rests = self._answer_one(data, now) if self._http1 is not None else self._answer_some(data, now)
             spent += count
-            self._ledger.answered(known.request, known.body_bytes, channel)
-            self._patience.rested(now)
-            if not http.answered(count) or channel.expiring:
+            if not rests or channel.expiring:
                 break
             if not channel.has_input:
                 self._sent += spent
@@ -100,10 +97,48 @@ class Conversation:
         self.spent += spent
         return None
 
-    def _send_known(self, known: Known) -> bool:
+    def _answer_one(self, data: bytes, now: float) -> tuple[int, bool]:
+        """Answer a request of HTTP/1.1 if it came before, else `_understand` it; return bytes sent, and if it still rests."""
+        assert self._http1 is not None
+        known = self._services.responder.known(data, now)
+        if known is None or not self._send_known(known.wire, known.body_bytes):
+            self._understand(data, now)
+            return 0, False
+        self._ledger.answered(known.request, known.body_bytes, self._channel)
+        self._patience.rested(now)
+        return len(known.wire), self._http1.answered(len(known.wire))
+
+    def _answer_some(self, data: bytes, now: float) -> tuple[int, bool]:
+        """The same for HTTP/2, where several may come at a time: all of them or none."""
+        http = self._http2
+        assert http is not None
+        asked = http.known.read(data)
+        answers = self._find(asked, now) if asked is not None else None
+        if asked is not None and answers is not None:
+            sizes = [each.body_bytes for each in answers]
+            wire = http.known.write(asked, sizes, [each.frames for each in answers], _KNOWN_MAX)
+            if wire is not None and (not wire or self._send_known(wire, max(sizes))):
+                for each in answers:
+                    self._ledger.answered(each.request, each.body_bytes, self._channel)
+                self._patience.rested(now)
+                return len(wire), http.answered(asked, sum(sizes), now)
+        self._understand(data, now)
+        return 0, False
+
+    def _find(self, asked: Asked, now: float) -> list[Known] | None:
+        """Return all answers, None if one is missing."""
+        answers = []
+        for fields in asked.fields:
+            known = self._services.responder.known(fields, now)
+            if known is None:
+                return None
+            answers.append(known)
+        return answers
+
+    def _send_known(self, wire: bytes, body_bytes: int) -> bool:
         """Send an answer whole or nothing of it; whether it went. If the connection is lost, it is as if it had been begun."""
         try:
-            return self._channel.try_send_whole(known.wire, body_bytes=known.body_bytes)
+            return self._channel.try_send_whole(wire, body_bytes=body_bytes)
         except PeerError as error:
             self._failure = error
             return False
@@ -120,7 +155,7 @@ class Conversation:
         if self._failure is not None:
             raise self._failure
         again = self._pump(now)
-        self.rests = not again and self._http1 is not None and self._http1.at_rest
+        self.rests = not again and self._http.at_rest
         return again
 
     def _pump(self, now: float) -> bool:
@@ -220,7 +255,9 @@ class Conversation:
             self._achieved(now)
         for request in requests:
             self._answer(request, now)
-            if rested and self._http1 is not None and self._http1.is_plain:
+            if isinstance(request, Request) and request.fields is not None:
+                self._services.responder.recognise(request.fields, request)
+            elif rested and self._http1 is not None and self._http1.is_plain:
                 self._services.responder.recognise(data, request)
 
     # --- answers ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ A worker asked for the same small file thousands of times a second opens, looks 
 second equal request (method, target, host, every field) within a second has its answer kept, and the file open. Before it is
 used in a turn of the loop the open file is looked at: its inode's change time tells of changes, of a file moved over it, and of
 its end. What is decided elsewhere (a precompressed sibling that appears, a folder that is renamed) counts after a second at
-most. Whoever asks by HTTP/1.1 in the very same bytes has the answer as it goes out, and is not parsed.
+most. Whoever asks in the very same form, by HTTP/1.1 the bytes, by HTTP/2 the header list, has the answer as it goes out,
+and is not understood anew.
 """
 
 import os
@@ -15,11 +16,13 @@ from typing import Final
 
 from ktlsd.errors import FileCold, FileTruncated, RequestError
 from ktlsd.net.gather import gather
+from ktlsd.protocol.header_blocks import block_of
 from ktlsd.protocol.http1 import write_head
+from ktlsd.protocol.http2_known import prepare
 from ktlsd.protocol.messages import SECRET_FIELDS, Headers, Refused, Request, Response
 from ktlsd.protocol.semantics import http_date
 from ktlsd.server.later import Later
-from ktlsd.server.services import Answers, Known
+from ktlsd.server.services import Answers, Form, Known
 from ktlsd.slices import FileSlice, OpenFile
 
 HOT_MAX: Final = 64_000  # bytes of a file: with its header it goes out in one step
@@ -29,7 +32,8 @@ _ENTRIES: Final = 512  # each has a descriptor
 _MEMORY: Final = 16 << 20  # bytes
 _SEEN: Final = 4_096
 _KEY_MAX: Final = 1_024  # bytes of a request,
-_DATA_MAX: Final = 1_536  # and as it came
+_HEADERS_MAX: Final = 8_192  # bytes of an answer's: with HTTP/2 they go in one frame
+_DATA_MAX: Final = 1_536  # and as it came by HTTP/1.1
 
 Key = tuple[str, bytes, bytes, tuple[tuple[bytes, bytes], ...]]
 
@@ -41,9 +45,17 @@ class _Hot:
     headers: Headers  # without the first, Date
     until: float  # monotonic seconds
     looked: float  # at the file, monotonic seconds
-    data: bytes = b""  # the request as it came by HTTP/1.1
+    form: Form = b""  # the request as it came
     known: Known | None = None  # how that is answered
     second: int = 0  # since the epoch, that the answer names
+
+    def write(self, known: Known, second: int) -> None:
+        """Write the answer as it goes out."""
+        self.second, response = second, self.response(second)
+        if isinstance(self.form, bytes):
+            known.wire = write_head(response) + self.body
+        else:
+            known.frames = prepare(block_of(response), self.body)
 
     def response(self, second: int) -> Response:
         date = (b"Date", http_date(second))
@@ -58,13 +70,13 @@ class HotResponses(Answers):
         self._hot: OrderedDict[Key, _Hot] = OrderedDict()
         self._seen: set[int] = set()  # hashes of what was asked for once
         self._bytes = 0
-        self._by_data: dict[bytes, _Hot] = {}
+        self._by_form: dict[Form, _Hot] = {}
         self._now = 0.0  # monotonic seconds
         self._second = 0  # since the epoch
 
-    def known(self, data: bytes, now: float) -> Known | None:
-        """Return the answer to a request of HTTP/1.1 that came before, byte for byte, if that is still right."""
-        hot = self._by_data.get(data)
+    def known(self, form: Form, now: float) -> Known | None:
+        """Return the answer to a request that came before in this very form, if that is still right."""
+        hot = self._by_form.get(form)
         if hot is None or hot.known is None:
             return None
         if now != self._now:
@@ -74,17 +86,16 @@ class HotResponses(Answers):
                 return None  # who is asked now sees it, too, and forgets it
             hot.looked = now
         if hot.second != self._second:
-            hot.second = self._second
-            hot.known.wire = write_head(hot.response(self._second)) + hot.body
+            hot.write(hot.known, self._second)
         return hot.known
 
-    def recognise(self, data: bytes, request: Request | Refused) -> None:
-        """Say that this request came as these bytes."""
-        if len(data) > _DATA_MAX:
+    def recognise(self, form: Form, request: Request | Refused) -> None:
+        """Say that this request came in this form."""
+        if isinstance(form, bytes) and len(form) > _DATA_MAX:
             return
-        if isinstance(request, Request) and (hot := self._hot.get(_key(request))) is not None and not hot.data:
-            hot.data, hot.known, hot.second = data, Known(request, len(hot.body), b""), 0
-            self._by_data[data] = hot
+        if isinstance(request, Request) and (hot := self._hot.get(_key(request))) is not None and not hot.form:
+            hot.form, hot.known, hot.second = form, Known(request, len(hot.body)), 0
+            self._by_form[form] = hot
 
     def respond(self, request: Request | Refused) -> Response | Later:
         """Return the response, or what has to be done first, in a thread."""
@@ -121,6 +132,8 @@ class HotResponses(Answers):
             return
         if not SECRET_FIELDS.isdisjoint(name for name, _ in key[3]):
             return
+        if sum(len(name) + len(value) for name, value in response.headers) > _HEADERS_MAX:
+            return
         (part,) = response.body
         if not isinstance(part, FileSlice) or time.time() - part.file.ctime_ns / 1e9 < _SETTLED:
             return
@@ -138,7 +151,7 @@ class HotResponses(Answers):
     def _forget(self, key: Key) -> None:
         hot = self._hot.pop(key)
         self._bytes -= 2 * len(hot.body)
-        self._by_data.pop(hot.data, None)
+        self._by_form.pop(hot.form, None)
         hot.file.release()
 
     def close(self) -> None:

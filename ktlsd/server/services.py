@@ -1,23 +1,26 @@
 """What connections share: who answers, where it is written down, and what the limits are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ktlsd.errors import RequestError
-from ktlsd.protocol.messages import Refused, Request, Response
+from ktlsd.protocol.messages import Fields, Refused, Request, Response
 from ktlsd.server.accesslog import AccessLog
 from ktlsd.server.later import Later
 from ktlsd.server.metrics import Metrics
 from ktlsd.settings import Limits
 
+Form = bytes | Fields  # a request as it came: by HTTP/1.1 its bytes, by HTTP/2 its header list
+
 
 @dataclass(slots=True)
 class Known:
-    """What a request is answered with that came before: all of it as it goes out by HTTP/1.1, and what the log says."""
+    """What a request is answered with that came before, and what the log says."""
 
     request: Request
     body_bytes: int
-    wire: bytes
+    wire: bytes = b""  # all of it, as it goes out by HTTP/1.1
+    frames: list[bytes] = field(default_factory=list)  # and by HTTP/2: `http2_known.prepare`
 
 
 class Answers(Protocol):
@@ -31,15 +34,15 @@ class Answers(Protocol):
         """Return the response that says why there is no other."""
         ...
 
-    def known(self, data: bytes, now: float) -> Known | None:
-        """Return the answer to a request of HTTP/1.1 that came before, byte for byte, if that is still right.
+    def known(self, form: Form, now: float) -> Known | None:
+        """Return the answer to a request that came before in this very form, if that is still right.
 
         `now` is monotonic seconds and the same for a whole turn of the loop.
         """
         return None
 
-    def recognise(self, data: bytes, request: Request | Refused) -> None:
-        """Say that this request came as these bytes."""
+    def recognise(self, form: Form, request: Request | Refused) -> None:
+        """Say that this request came in this form."""
         return
 
 

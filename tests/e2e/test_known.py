@@ -11,8 +11,10 @@ import time
 import pytest
 
 from ktlsd.errors import PeerTruncated
+from ktlsd.protocol.http2 import Http2Connection
 from ktlsd.settings import Limits
 from tests import client
+from tests.h2client import Http2Client, Stream
 from tests.serving import ThreadServer
 
 ASKED = b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -78,7 +80,7 @@ def known(server):
         made.say(ASKED)
         assert made.answer() == b"HTTP/1.1 200 OK " + BODY
     responder = next(iter(server.worker._entrance._doors.values())).services.responder
-    assert ASKED in responder._by_data
+    assert ASKED in responder._by_form
     return made
 
 
@@ -183,3 +185,105 @@ def test_the_last_request_that_a_connection_may_make_says_so(tmp_path):
         one.say(ASKED)
         assert one.answer() == b"HTTP/1.1 200 OK " + BODY
         assert one.answer() == b""
+
+
+# --- HTTP/2 --------------------------------------------------------------------------------------------------------
+
+
+def known2(server, **options):
+    """The same by HTTP/2."""
+    made = Http2Client(server.port, **options)
+    for _ in range(4):
+        assert bytes(made.fetch("/file").body) == BODY
+    responder = next(iter(server.worker._entrance._doors.values())).services.responder
+    assert any(isinstance(form, tuple) for form in responder._by_form)
+    return made
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many requests of HTTP/2 have taken the short way."""
+    answered, counts = Http2Connection.answered, []
+
+    def counting(self, asked, payload, now):
+        counts.extend(asked.ids)
+        return answered(self, asked, payload, now)
+
+    monkeypatch.setattr(Http2Connection, "answered", counting)
+    return counts
+
+
+def test_streams_that_come_together_are_all_answered(server, taken):
+    one = known2(server)
+    streams = [one.http.get_next_available_stream_id() + 2 * number for number in range(20)]
+    for stream_id in streams:
+        one.http.send_headers(stream_id, [(":method", "GET"), (":scheme", "https"), (":authority", "localhost"),
+                                          (":path", "/file")], end_stream=True)  # fmt: skip
+        one.streams[stream_id] = Stream()
+    before = len(taken)
+    one.said()
+    assert [bytes(stream.body) for stream in one.finish(*streams)] == [BODY] * 20
+    assert len(taken) == before + 20
+    assert one.fetch("/gone").status == 404
+    assert bytes(one.fetch("/file").body) == BODY
+
+
+def test_a_change_counts_with_the_next_request_of_http2(server, taken, tmp_path):
+    one = known2(server)
+    assert taken
+    time.sleep(0.02)
+    (tmp_path / "root" / "file").write_bytes(b"other")
+    assert bytes(one.fetch("/file").body) == b"other"
+    (tmp_path / "root" / "file").unlink()
+    assert one.fetch("/file").status == 404
+
+
+def test_a_window_that_is_too_small_is_kept_to(server, taken):
+    one = known2(server, window=100)
+    assert not taken, "the long way only"
+    other = known2(server, auto=False)
+    assert taken
+    for _ in range(65_535 // len(BODY) - 4):
+        assert bytes(other.fetch("/file").body) == BODY
+    last = other.ask("/file")
+    while len(other.streams[last].body) < 65_535 % len(BODY):
+        assert other.read()
+    assert not other.streams[last].ended
+    other.http.increment_flow_control_window(1000)
+    other.said()
+    assert bytes(other.finish(last)[0].body) == BODY
+    assert bytes(one.fetch("/file").body) == BODY
+
+
+def test_http2_is_logged_and_counted_as_on_the_long_way(server, taken):
+    one = known2(server)
+    for _ in range(3):
+        one.fetch("/file")
+    assert len(taken) >= 4
+    time.sleep(0.1)
+    entries = [json.loads(line) for line in server.log.read_text().splitlines()]
+    told = [{k: v for k, v in entry.items() if k not in ("time", "duration")} for entry in entries]
+    assert len(told) == 7
+    assert all(entry == told[0] for entry in told)
+    assert told[0]["protocol"] == "HTTP/2"
+    counters = server.metrics.counters
+    assert (counters["requests"], counters["responses:200"], server.metrics.answering) == (7, 7, 0)
+    assert counters["body_bytes:userspace:h2"] == 7 * len(BODY)
+
+
+def test_a_connection_of_http2_that_is_lost_while_it_is_answered_is_counted_as_cut(server, taken, monkeypatch):
+    one = known2(server)
+    before = len(taken)
+
+    def lost(*_, **__):
+        raise PeerTruncated("connection lost: no buffer space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.worker._kernel, "send", lost)
+        one.ask("/file")
+        with pytest.raises(ConnectionResetError):
+            one.sock.recv(1)
+    assert len(taken) == before
+    assert server.metrics.counters["responses_cut"] == 1
+    assert server.metrics.answering == 0
+    assert bytes(known2(server).fetch("/file").body) == BODY

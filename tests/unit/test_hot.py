@@ -279,7 +279,7 @@ def test_what_is_forgotten_is_not_known(world):
         wire.ask(asked())
     world.hot.close()
     assert world.hot.known(asked(), time.monotonic()) is None
-    assert not world.hot._by_data
+    assert not world.hot._by_form
 
 
 @pytest.mark.parametrize("field", [b"Authorization", b"Cookie", b"Proxy-Authorization"])
@@ -297,7 +297,7 @@ def test_nothing_remembers_a_secret(world, field):
         world.hot.respond(http2_fields.request_of(fields, 1)[0]).close()
     assert not wire.known
     assert not world.hot._hot
-    memory = [http1_syntax._understood, http2_fields._understood, world.hot._by_data, world.hot._hot]
+    memory = [http1_syntax._understood, http2_fields._understood, world.hot._by_form, world.hot._hot]
     assert secret not in repr(memory).encode()
     before = http2_fields._wrong.cache_info().currsize, header_blocks._huffman.cache_info().currsize
     another = Encoder().encode([*fields[:4], (field.lower(), secret[::-1])])
