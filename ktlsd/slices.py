@@ -14,7 +14,7 @@ class Residency:
     """What is known of a file's being in memory, for one response or one connection's."""
 
     asks: bool = True  # whether to ask before reading if that would have to wait for the disk
-    warm_from: int = 0  # from here to `warm_to` it has been read into memory for us
+    warm_from: int = 0  # from here to `warm_to` it was found in memory, or has been read into it for us
     warm_to: int = 0
     window: int = FIRST_WINDOW  # bytes to read the next time
 
@@ -44,6 +44,11 @@ class OpenFile:
         """Count one more holder; each must call `release` once."""
         self.holders += 1
         return self
+
+    def share(self) -> "OpenFile":
+        """Return another with the same descriptor, for another response: what is known of where that one reads is its own."""
+        self.hold()
+        return OpenFile(self.fd, self.size, self.mtime_ns, self.ctime_ns, self.identity, close_fd=lambda _: self.release())
 
     def release(self) -> None:
         """Count one holder less and close the descriptor behind the last."""

@@ -79,22 +79,26 @@ def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -
 _mute_devices: set[int] = set()  # file systems that don't know whether reading would wait
 
 
-def warm_count(file: OpenFile, offset: int, count: int) -> int:
+def warm_count(file: OpenFile, offset: int, count: int, *, whole: bool = False) -> int:
     """Return how many of `count` bytes from `offset` can go at once; raises FileCold if the disk would have to be waited for.
+
+    What was found in memory is not asked about again before it has gone: a socket that takes 256 KiB at a time would have
+    2 MiB looked through for each of them. If fewer are of no use (`whole`), what lies behind it is asked about at once.
 
     Where the kernel has cachestat (6.5, and for those who may write the file or own it) it is asked about every page, else
     about the first and the last, with which the others mostly go along. A file that has become shorter is found out by whoever
     sends it.
     """
     residency = file.residency
-    if residency.is_warm(offset):
-        return min(count, residency.warm_to - offset) if residency.asks else count
     end = min(offset + count, file.size)
-    if end <= offset:
+    if not residency.asks or end <= offset:
         return count
+    if residency.is_warm(offset) and (not whole or end <= residency.warm_to):
+        return min(count, residency.warm_to - offset)
     cached = pages_cached(file.fd, offset, end - offset)
-    whole = -(-end // PAGE) - offset // PAGE
-    if cached is not None and cached >= whole:
+    pages = -(-end // PAGE) - offset // PAGE
+    if cached is not None and cached >= pages:
+        residency.warm_from, residency.warm_to = offset, end
         return count
     try:
         for at in (offset, end - 1):
@@ -103,8 +107,10 @@ def warm_count(file: OpenFile, offset: int, count: int) -> int:
         return count
     except FileCold:
         raise FileCold(file, offset) from None
-    if cached is not None and residency.asks:
-        raise FileCold(file, offset)
+    if residency.asks:
+        if cached is not None:
+            raise FileCold(file, offset)
+        residency.warm_from, residency.warm_to = offset, end
     return count
 
 

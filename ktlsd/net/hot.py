@@ -35,7 +35,7 @@ def hot_runs(segments: Sequence[Outgoing], mappings: Mappings, most: int) -> Run
 def _is_warm(run: Framed) -> bool:
     """Whether sending it would not have to wait for the disk; if it would, copying finds out from where on."""
     try:
-        return warm_count(run.file, run.offset, run.length) == run.length
+        return warm_count(run.file, run.offset, run.length, whole=True) == run.length
     except FileCold:
         return False
 

@@ -1,11 +1,11 @@
-"""Answers to what is asked again and again: small files from memory, found by the whole request.
+"""Answers to what is asked again and again: found by the whole request, small files with their contents.
 
-A worker asked for the same small file thousands of times a second opens, looks at, plans and reads it each time. Here the
-second equal request (method, target, host, every field) within a second has its answer kept, and the file open. Before it is
-used in a turn of the loop the open file is looked at: its inode's change time tells of changes, of a file moved over it, and of
-its end. What is decided elsewhere (a precompressed sibling that appears, a folder that is renamed) counts after a second at
-most. Whoever asks in the very same form, by HTTP/1.1 the bytes, by HTTP/2 the header list, has the answer as it goes out,
-and is not understood anew.
+A worker asked for the same file thousands of times a second opens, looks at and plans it each time, and reads it if it is
+small. Here the second equal request (method, target, host, every field) within a second has its answer kept, and the file
+open; a large file's answer refers to it. Before it is used in a turn of the loop the open file is looked at: its inode's
+change time tells of changes, of a file moved over it, and of its end. What is decided elsewhere (a precompressed sibling
+that appears, a folder that is renamed) counts after a second at most. Whoever asks for a small file in the very same form,
+by HTTP/1.1 the bytes, by HTTP/2 the header list, has the answer as it goes out, and is not understood anew.
 """
 
 import os
@@ -25,7 +25,7 @@ from ktlsd.server.later import Later
 from ktlsd.server.services import Answers, Form, Known
 from ktlsd.slices import FileSlice, OpenFile
 
-HOT_MAX: Final = 64_000  # bytes of a file: with its header it goes out in one step
+HOT_MAX: Final = 64_000  # bytes of a file whose contents are kept: with its header it goes out in one step
 _FOR: Final = 1.0  # seconds until it is looked for anew
 _SETTLED: Final = 0.1  # seconds since the last change: two changes within a tick of the file system's clock look like one
 _ENTRIES: Final = 512  # each has a descriptor
@@ -41,7 +41,9 @@ Key = tuple[str, bytes, bytes, tuple[tuple[bytes, bytes], ...]]
 @dataclass(slots=True)
 class _Hot:
     file: OpenFile
-    body: bytes
+    body: bytes | None  # None: too large
+    offset: int
+    length: int
     headers: Headers  # without the first, Date
     until: float  # monotonic seconds
     looked: float  # at the file, monotonic seconds
@@ -52,14 +54,20 @@ class _Hot:
     def write(self, known: Known, second: int) -> None:
         """Write the answer as it goes out."""
         self.second, response = second, self.response(second)
+        assert self.body is not None
         if isinstance(self.form, bytes):
             known.wire = write_head(response) + self.body
         else:
             known.frames = prepare(block_of(response), self.body)
 
     def response(self, second: int) -> Response:
-        date = (b"Date", http_date(second))
-        return Response(200, [date, *self.headers], [self.body] if self.body else [], len(self.body))
+        headers = [(b"Date", http_date(second)), *self.headers]
+        if self.body is not None:
+            return Response(200, headers, [self.body] if self.body else [], self.length)
+        file = self.file.share()
+        part = FileSlice(file, self.offset, self.length)
+        file.release()  # the slice holds it
+        return Response(200, headers, [part], self.length)
 
 
 class HotResponses(Answers):
@@ -93,8 +101,9 @@ class HotResponses(Answers):
         """Say that this request came in this form."""
         if isinstance(form, bytes) and len(form) > _DATA_MAX:
             return
-        if isinstance(request, Request) and (hot := self._hot.get(_key(request))) is not None and not hot.form:
-            hot.form, hot.known, hot.second = form, Known(request, len(hot.body)), 0
+        hot = self._hot.get(_key(request)) if isinstance(request, Request) else None
+        if isinstance(request, Request) and hot is not None and hot.body is not None and not hot.form:
+            hot.form, hot.known, hot.second = form, Known(request, hot.length), 0
             self._by_form[form] = hot
 
     def respond(self, request: Request | Refused) -> Response | Later:
@@ -121,7 +130,7 @@ class HotResponses(Answers):
 
     def _remember(self, key: Key, response: Response) -> None:
         """Keep an answer, if it was asked for before."""
-        if len(response.body) != 1 or (response.content_length or 0) > HOT_MAX:
+        if len(response.body) != 1:
             return
         if hash(key) not in self._seen:
             if len(self._seen) >= _SEEN:
@@ -137,20 +146,18 @@ class HotResponses(Answers):
         (part,) = response.body
         if not isinstance(part, FileSlice) or time.time() - part.file.ctime_ns / 1e9 < _SETTLED:
             return
-        try:
-            body = bytes(gather([part], memoryview(bytearray(part.length))))
-        except (FileCold, FileTruncated):
+        body = _read(part) if part.length <= HOT_MAX else None
+        if (body is None and part.length <= HOT_MAX) or not _unchanged(part.file):
             return
-        if len(body) != part.length or not _unchanged(part.file):
-            return
-        self._hot[key] = _Hot(part.file.hold(), body, response.headers[1:], time.monotonic() + _FOR, 0.0)
-        self._bytes += 2 * part.length  # the answer, ready, is another copy
+        until = time.monotonic() + _FOR
+        self._hot[key] = _Hot(part.file.hold(), body, part.offset, part.length, response.headers[1:], until, 0.0)
+        self._bytes += 2 * len(body or b"")  # the answer, ready, is another copy
         while self._bytes > _MEMORY or len(self._hot) > _ENTRIES:
             self._forget(next(iter(self._hot)))
 
     def _forget(self, key: Key) -> None:
         hot = self._hot.pop(key)
-        self._bytes -= 2 * len(hot.body)
+        self._bytes -= 2 * len(hot.body or b"")
         self._by_form.pop(hot.form, None)
         hot.file.release()
 
@@ -162,6 +169,15 @@ class HotResponses(Answers):
 
 def _key(request: Request) -> Key:
     return request.method, request.target, request.host, request.headers
+
+
+def _read(part: FileSlice) -> bytes | None:
+    """Return its bytes, None if they are not to be had at once."""
+    try:
+        body = bytes(gather([part], memoryview(bytearray(part.length))))
+    except (FileCold, FileTruncated):
+        return None
+    return body if len(body) == part.length else None
 
 
 def _unchanged(file: OpenFile) -> bool:

@@ -178,14 +178,37 @@ def test_a_hole_in_the_middle_of_what_is_in_memory_is_seen(root):
         file.release()
         pytest.skip("this kernel has no cachestat (6.5)")
     assert cached == (2 << 20) // PAGE - 1
-    assert warm_count(file, 0, 1 << 20) == 1 << 20
     with pytest.raises(FileCold):
         warm_count(file, 0, 2 << 20)
+    assert warm_count(file, 0, 1 << 20) == 1 << 20
+    assert warm_count(file, 1 << 19, 2 << 20) == 1 << 19, "what was found is not asked about again"
+    with pytest.raises(FileCold):
+        warm_count(file, 1 << 19, 2 << 20, whole=True)
     with pytest.raises(FileCold):
         warm_count(file, (1 << 20) + PAGE // 2, 1)
     assert warm_count(file, (1 << 20) + PAGE, PAGE) == PAGE
     file.residency.warm_from, file.residency.warm_to = 1 << 20, (1 << 20) + PAGE
     assert warm_count(file, 1 << 20, 1 << 20) == PAGE, "only what was read for us goes unasked"
+    file.release()
+
+
+def test_a_stretch_is_looked_through_once_however_little_goes_at_a_time(root, monkeypatch):
+    from ktlsd.net import gather
+    from ktlsd.slices import OpenFile
+
+    asked = []
+
+    def all_of_them(_, offset, length):
+        asked.append((offset, length))
+        return 1 << 40
+
+    monkeypatch.setattr(gather, "pages_cached", all_of_them)
+    file = OpenFile(os.open(root / "cold", os.O_RDONLY), SIZE, 0)
+    at = 0
+    while at < 3 << 20:
+        at += min(gather.warm_count(file, at, 1 << 20), 100_000)
+    assert asked == [(0, 1 << 20), (1 << 20, 1 << 20), (2 << 20, 1 << 20)]
+    assert gather.warm_count(file, SIZE, 100) == 100, "who sends it finds out"
     file.release()
 
 

@@ -175,12 +175,40 @@ def test_it_holds_no_more_files_and_bytes_than_it_may(world, monkeypatch):
     assert len(world.hot._seen) <= 4_096
 
 
-def test_large_files_are_not_kept(world):
-    (world.folder / "large").write_bytes(bytes(module.HOT_MAX + 1))
-    for _ in range(3):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_large_file_is_kept_open_and_not_its_contents(world, change):
+    path = world.folder / "large"
+    path.write_bytes(os.urandom(module.HOT_MAX + 1))
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(4):
         hot, plain = world.ask(b"/large")
         assert hot == plain
-    assert not world.hot._hot
+    (kept,) = world.hot._hot.values()
+    assert kept.body is None
+    assert world.hot._bytes == 0
+    first, second = (world.hot.respond(Request("GET", b"/large", b"localhost", (), "HTTP/1.1", 1)) for _ in range(2))
+    first.body[0].advance(60_000)
+    first.body[0].file.residency.warm_to = 60_000
+    assert (second.body[0].offset, second.body[0].file.residency.warm_to) == (0, 0), "each reads for itself"
+    time.sleep(0.02)
+    CHANGES[change](path)
+    hot, plain = world.ask(b"/large")
+    assert hot == plain
+    os.fstat(first.body[0].file.fd)  # who has begun goes on
+    first.close()
+    second.close()
+    world.hot.close()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_large_files_take_no_short_way(world):
+    (world.folder / "large").write_bytes(bytes(module.HOT_MAX + 1))
+    wire = Wire(world)
+    for _ in range(4):
+        kept, made = wire.ask(asked(b"/large"))
+        assert kept == made
+    assert world.hot._hot
+    assert not wire.known
 
 
 def asked(target=b"/file", *fields):
