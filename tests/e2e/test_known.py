@@ -12,6 +12,7 @@ import pytest
 
 from ktlsd.errors import PeerTruncated
 from ktlsd.protocol.http2 import Http2Connection
+from ktlsd.server import hot
 from ktlsd.settings import Limits
 from tests import client
 from tests.h2client import Http2Client, Stream
@@ -62,7 +63,8 @@ class Client:
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(hot, "_FOR", 60.0)  # nothing is forgotten while a test goes on
     root = tmp_path / "root"
     root.mkdir()
     (root / "file").write_bytes(BODY)
