@@ -165,10 +165,11 @@ class Channel(PlainChannel):
             raise
         if session.version == uapi.TLS_1_3_VERSION:
             before = session.key_updates
-            if self._keylog is not None:
+            if self._keylog is not None and session.may_have_logged:
                 self._learn()
             if session.key_updates != before:
                 self._answer_key_update()
+                self._learn()
         elif refusal := session.take_output():
             if isinstance(self._tx, UserspaceTx):
                 self._tx.queue(refusal)

@@ -99,6 +99,21 @@ def number_of(wire: bytes) -> int:
     return count
 
 
+def application_bytes(ciphertext: bytes) -> int:
+    """Return how many bytes of plaintext these TLS 1.3 records hold if all are application data without padding.
+
+    If one of them is something else for all to see, that is more than there are; -1 if they don't end where a record does.
+    """
+    at = count = 0
+    end = len(ciphertext)
+    while end - at >= HEADER_LENGTH:
+        length = ciphertext[at + 3] << 8 | ciphertext[at + 4]
+        odd = ciphertext[at] != APPLICATION_DATA or length <= AEAD_TAG
+        count += end + length if odd else length - 1 - AEAD_TAG
+        at += HEADER_LENGTH + length
+    return count if at == end else -1
+
+
 def rec_seq(number: int) -> bytes:
     """Return a record number as the kernel's rec_seq field: 8 bytes, big-endian."""
     return number.to_bytes(8, "big")

@@ -11,7 +11,7 @@ from ktlsd import uapi
 from ktlsd.errors import HandshakeFailed, PeerAlert, PeerError, PlainHttp, RecordError, UnexpectedMessage
 from ktlsd.tls import keylog, schedule
 from ktlsd.tls.hello import CLIENT_HELLO, MAX_FRAGMENT_LENGTH, SERVER_HELLO, Hello
-from ktlsd.tls.records import MAX_PLAINTEXT, OutgoingRecords, rec_seq
+from ktlsd.tls.records import MAX_PLAINTEXT, OutgoingRecords, application_bytes, rec_seq
 from ktlsd.tls.suites import Suite, suite_by_name
 
 STEP: Final = 4 * MAX_PLAINTEXT  # bytes that OpenSSL encrypts in one call
@@ -43,6 +43,7 @@ class Session:
     """
 
     __slots__ = (
+        "_aligned",
         "_client_hello",
         "_counts",
         "_held_in",
@@ -56,6 +57,7 @@ class Session:
         "_ssl",
         "established",
         "key_updates",
+        "may_have_logged",
         "peer_closed",
         "suite",
         "version",
@@ -66,6 +68,7 @@ class Session:
         bios = bios or Bios()
         self._incoming = bios.incoming
         self._outgoing = bios.outgoing
+        self._aligned = True  # what came ends where a record does
         self._idle_input = 0  # bytes that came since there was plaintext in them
         self._held_in = b""  # ciphertext that OpenSSL has not read: what came behind the client's Finished
         self._held_out = b""  # records that OpenSSL wrote by itself while it read
@@ -78,6 +81,7 @@ class Session:
         self.established = False
         self.peer_closed = False
         self.key_updates = 0  # how many the peer has sent
+        self.may_have_logged = True  # TLS 1.3: whether there may have been a KeyUpdate in what was decrypted last
         self.version = 0  # uapi's number once established, 0 for one the kernel doesn't know
         self.suite: Suite | None = None
 
@@ -124,6 +128,7 @@ class Session:
         """
         if self._counts:
             self._client_hello.feed(ciphertext)
+        self._aligned = self._aligned and application_bytes(ciphertext) >= 0
         self._put(ciphertext)
         try:
             self._ssl.do_handshake()
@@ -194,6 +199,8 @@ class Session:
         Raises RecordError, UnexpectedMessage or PeerAlert; OpenSSL's own alert is in `farewell` and only of use in
         userspace mode.
         """
+        came = application_bytes(ciphertext) if self._aligned else -1
+        self._aligned = came >= 0
         incoming = self._incoming
         if self._held_in or incoming.pending or self._outgoing.pending:
             self._put(ciphertext)
@@ -217,6 +224,7 @@ class Session:
         finally:
             if incoming.pending or self._outgoing.pending:
                 self._keep()
+        self.may_have_logged = not plain or len(plain) != came  # every byte that came was application data, or not
         self._idle_input = 0 if plain else self._idle_input + len(ciphertext)
         if self._idle_input > _IDLE_INPUT_MAX or len(self._held_out) > _HELD_OUT_MAX:
             raise UnexpectedMessage("KeyUpdates, and nothing else")

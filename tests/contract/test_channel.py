@@ -14,7 +14,7 @@ from ktlsd.net.channel import Channel, HandoverPolicy, Mode
 from ktlsd.net.handover import CIPHERS, VERSIONS, KernelFacts, probe, self_test
 from ktlsd.net.kernel import LinuxKernel
 from ktlsd.net.keylog_pipe import KeyLogPipe
-from ktlsd.net.tx_userspace import Scratch
+from ktlsd.net.tx_userspace import WHOLE_MAX, Scratch
 from ktlsd.slices import FileSlice, OpenFile
 from ktlsd.tls.session import Session
 from tests import client, pki
@@ -256,10 +256,25 @@ def test_what_is_to_go_whole_does_not_stand_in_the_way_of_the_hand_over():
     pair.done()
 
 
-def test_what_is_too_much_for_one_step_does_not_go_whole(pair):
-    assert not pair.channel.try_send_whole(bytes(65_537), body_bytes=1)
+def test_what_is_too_much_to_hold_does_not_go_whole(pair):
+    assert not pair.channel.try_send_whole(bytes(WHOLE_MAX + 1), body_bytes=1)
     pair.send_all([b"instead"])
     assert pair.read(7) == b"instead"
+
+
+@pytest.mark.parametrize("size", [1, 65_536, 65_537, WHOLE_MAX])
+def test_what_goes_whole_arrives_whole_even_if_the_socket_takes_less(pair, size):
+    data = os.urandom(size)
+    whole = pair.channel.try_send_whole(data, body_bytes=1)
+    assert whole == bool(pair.channel.why_userspace)
+    if whole:
+        again = pair.channel.try_send_whole(data, body_bytes=1)
+        got = pair.read(size)
+        assert got == data
+        if again:
+            assert pair.read(size) == data
+    pair.send_all([b"behind"])
+    assert pair.read(6) == b"behind"
 
 
 def test_a_session_that_stays_in_userspace_forgets_its_secret():

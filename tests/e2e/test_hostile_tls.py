@@ -13,6 +13,7 @@ from tlslite.constants import KeyUpdateMessageType
 from tlslite.errors import TLSError
 
 from ktlsd.net.kernel import LinuxKernel
+from ktlsd.net.keylog_pipe import KeyLogPipe
 from ktlsd.settings import Limits
 from tests.client import Client, MemoryClient, context, wait_until
 from tests.fakes.kernel import FakeKernel
@@ -135,6 +136,40 @@ def test_several_key_updates_in_one_read_before_the_hand_over(root, count, first
             peer.ask(b"/big")
             assert peer.body(len(CONTENT)) == CONTENT
             peer.sock.close()
+
+
+def test_the_key_log_is_looked_at_when_something_else_than_requests_came(root, monkeypatch):
+    drains = []
+    real = KeyLogPipe.drain
+
+    def counting(self):
+        drains.append(real(self))
+        return drains[-1]
+
+    monkeypatch.setattr(KeyLogPipe, "drain", counting)
+    with ThreadServer(root, FakeKernel(), handover_bytes=0) as server:
+        peer = Peer(server.port)
+        peer.ask(b"/small.txt")
+        assert peer.body(5) == b"small"
+        before = len(drains)
+        for _ in range(3):
+            peer.ask(b"/small.txt")
+            assert peer.body(5) == b"small"
+        assert len(drains) == before, "a request and nothing else"
+        peer.update()
+        peer.ask(b"/small.txt")
+        assert peer.body(5) == b"small"
+        assert any(b"CLIENT_TRAFFIC_SECRET_N" in lines for lines in drains[before:]), drains[before:]
+        before = len(drains)
+        whole = _Recorder(peer.tls)
+        peer.ask(b"/small.txt")
+        data = whole.stop()
+        peer.sock.sendall(data[:30])
+        time.sleep(0.05)
+        peer.sock.sendall(data[30:])
+        assert peer.body(5) == b"small"
+        assert len(drains) == before + 2, "where records end is not known any more"
+        peer.sock.close()
 
 
 class _Recorder:

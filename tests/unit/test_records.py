@@ -101,3 +101,23 @@ def test_protection_opens_what_it_sealed_and_nothing_else(version, cipher):
     )
     with pytest.raises(RecordError):
         protection.Protection(info).open(sealed[1])  # not the first
+
+
+def test_plaintext_can_be_told_from_the_outside_if_it_is_all():
+    app = record(23, bytes(100 + 17))
+    assert records.application_bytes(b"") == 0
+    assert records.application_bytes(app) == 100
+    assert records.application_bytes(app + record(23, bytes(17)) + app) == 200
+    for cut in (1, 4, 5, 60, len(app) + 1):
+        assert records.application_bytes((app + app)[:cut]) == -1
+
+
+@given(st.lists(st.tuples(st.sampled_from([20, 21, 22, 23, 24, 0]), st.integers(0, 60)), max_size=6))
+def test_what_is_not_application_data_makes_more_than_there_is(sizes):
+    """A KeyUpdate must not hide behind a record that makes up for it: what is odd counts for more than all there can be."""
+    wire = b"".join(record(kind, bytes(size)) for kind, size in sizes)
+    counted = records.application_bytes(wire)
+    if all(kind == 23 and size > 16 for kind, size in sizes):
+        assert counted == sum(size - 17 for _, size in sizes)
+    else:
+        assert counted >= len(wire) > 0
