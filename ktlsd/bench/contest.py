@@ -26,7 +26,8 @@ from ktlsd.bench.ways import Secrets, Sender, Way
 
 _OPEN_CLEAR: Final = 512  # connections prepared for one sample, at most
 _OPEN_TLS: Final = 128  # each of these has cost a handshake
-_LOOPS_COUNTED: Final = 20  # requests under strace on each connection
+_LOOPS_COUNTED: Final = 20  # requests under strace on each connection,
+_BYTES_COUNTED: Final = 32 << 20  # and as long as they are not more than this together
 _LONG: Final = 60.0  # seconds
 
 
@@ -122,14 +123,18 @@ class Contender(abc.ABC):
         return Loop(there.asks, wire) if self._loops(load) else Volley(there.asks, wire, each)
 
     def count_calls(self, payload: Payload, load: Load) -> Sample | None:
-        """Count system calls of one download each, under strace: a sample that tells nothing else. None where it can't be."""
-        with self.attend(payload, load, 1) as there, self._load(there, load, 1) as work, calls_of(there.pids()) as counter:
+        """Count system calls under strace: a sample that tells nothing else. None where it can't be.
+
+        Small transfers are repeated on each connection, so that what its first one takes besides doesn't count for all.
+        """
+        each = max(1, min(_LOOPS_COUNTED, _BYTES_COUNTED // load.size)) if self._each.get(load, 1) > 1 else 1
+        with self.attend(payload, load, each) as there, self._load(there, load, each) as work, calls_of(there.pids()) as told:
             there.start()
             outcome = work.run(_LONG, most=_LOOPS_COUNTED) if isinstance(work, Loop) else work.run()
             spent = there.usage()
-        if counter.total is None:
+        if told.total is None:
             return None
-        return self._sample(load, 0, outcome, spent, calls=counter.total)
+        return self._sample(load, 0, outcome, spent, calls=told.total)
 
     def _sample(
         self,

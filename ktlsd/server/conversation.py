@@ -104,7 +104,7 @@ class Conversation:
         if known is None or not self._send_known(known.wire, known.body_bytes):
             self._understand(data, now)
             return 0, False
-        self._ledger.answered(known.request, known.body_bytes, self._channel)
+        self._ledger.answered(known.request, known.body_bytes, self._channel, now)
         self._patience.rested(now)
         return len(known.wire), self._http1.answered(len(known.wire))
 
@@ -119,7 +119,7 @@ class Conversation:
             wire = http.known.write(asked, sizes, [each.frames for each in answers], _KNOWN_MAX)
             if wire is not None and (not wire or self._send_known(wire, max(sizes))):
                 for each in answers:
-                    self._ledger.answered(each.request, each.body_bytes, self._channel)
+                    self._ledger.answered(each.request, each.body_bytes, self._channel, now)
                 self._patience.rested(now)
                 return len(wire), http.answered(asked, sum(sizes), now)
         self._understand(data, now)
@@ -263,7 +263,7 @@ class Conversation:
     # --- answers ---------------------------------------------------------------------------------------------------
 
     def _answer(self, request: Request | Refused, now: float) -> None:
-        self._ledger.open(request)
+        self._ledger.open(request, now)
         if self._services.metrics.answering > self._services.limits.responses:
             self._services.metrics.count("turned_away:responses")
             error = RequestError(503, "The server is at its limit; try again in a moment.")
@@ -273,7 +273,7 @@ class Conversation:
             self._respond(request, now)
 
     def _respond(self, request: Request | Refused, now: float) -> None:
-        response = self._services.responder.respond(request)
+        response = self._services.responder.respond(request, now)
         if isinstance(response, Later):
             self.jobs.append((request.stream_id, response))
         else:

@@ -80,7 +80,7 @@ class MetricsPage(Answers):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Everything(board, policy))
 
-    def respond(self, request: Request | Refused) -> Response | Later:
+    def respond(self, request: Request | Refused, now: float) -> Response | Later:
         """Return the page that was asked for."""
         if isinstance(request, Refused):
             return self.refuse(request, request.error)

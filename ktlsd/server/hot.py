@@ -87,15 +87,20 @@ class HotResponses(Answers):
         hot = self._by_form.get(form)
         if hot is None or hot.known is None:
             return None
-        if now != self._now:
-            self._now, self._second = now, int(time.time())
+        second = self._wall(now)
         if hot.looked != now:
             if hot.until <= now or not _unchanged(hot.file):
                 return None  # who is asked now sees it, too, and forgets it
             hot.looked = now
-        if hot.second != self._second:
-            hot.write(hot.known, self._second)
+        if hot.second != second:
+            hot.write(hot.known, second)
         return hot.known
+
+    def _wall(self, now: float) -> int:
+        """Return seconds since the epoch; the clock is read once in a turn."""
+        if now != self._now:
+            self._now, self._second = now, int(time.time())
+        return self._second
 
     def recognise(self, form: Form, request: Request | Refused) -> None:
         """Say that this request came in this form."""
@@ -106,29 +111,32 @@ class HotResponses(Answers):
             hot.form, hot.known, hot.second = form, Known(request, hot.length), 0
             self._by_form[form] = hot
 
-    def respond(self, request: Request | Refused) -> Response | Later:
+    def respond(self, request: Request | Refused, now: float) -> Response | Later:
         """Return the response, or what has to be done first, in a thread."""
         if isinstance(request, Refused) or request.method != "GET":
-            return self._responder.respond(request)
+            return self._responder.respond(request, now)
         key = _key(request)
-        now = time.monotonic()
-        while self._hot and next(iter(self._hot.values())).until <= now:  # the first is the oldest
-            self._forget(next(iter(self._hot)))
+        self.sweep(now)
         hot = self._hot.get(key)
         if hot is not None:
             if _unchanged(hot.file):
-                return hot.response(int(time.time()))
+                return hot.response(self._wall(now))
             self._forget(key)
-        response = self._responder.respond(request)
+        response = self._responder.respond(request, now)
         if isinstance(response, Response) and response.reusable:
-            self._remember(key, response)
+            self._remember(key, response, now)
         return response
+
+    def sweep(self, now: float) -> None:
+        """Let go of what was kept long enough, and of its files: a deleted one's space is not held."""
+        while self._hot and next(iter(self._hot.values())).until <= now:  # the first is the oldest
+            self._forget(next(iter(self._hot)))
 
     def refuse(self, request: Request | Refused, error: RequestError) -> Response:
         """Return the response that says why there is no other."""
         return self._responder.refuse(request, error)
 
-    def _remember(self, key: Key, response: Response) -> None:
+    def _remember(self, key: Key, response: Response, now: float) -> None:
         """Keep an answer, if it was asked for before."""
         if len(response.body) != 1:
             return
@@ -149,8 +157,8 @@ class HotResponses(Answers):
         body = _read(part) if part.length <= HOT_MAX else None
         if (body is None and part.length <= HOT_MAX) or not _unchanged(part.file):
             return
-        until = time.monotonic() + _FOR
-        self._hot[key] = _Hot(part.file.hold(), body, part.offset, part.length, response.headers[1:], until, 0.0)
+        headers = response.headers[1:]
+        self._hot[key] = _Hot(part.file.hold(), body, part.offset, part.length, headers, now + _FOR, 0.0)
         self._bytes += 2 * len(body or b"")  # the answer, ready, is another copy
         while self._bytes > _MEMORY or len(self._hot) > _ENTRIES:
             self._forget(next(iter(self._hot)))

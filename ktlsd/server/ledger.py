@@ -19,7 +19,7 @@ class _Pending:
     """A request that is being answered."""
 
     request: Request | Refused
-    started: float  # seconds since the epoch
+    started: float  # monotonic seconds
 
 
 class Ledger:
@@ -36,9 +36,9 @@ class Ledger:
         self._mode: Mode | None = None
         self._counter = ""
 
-    def open(self, request: Request | Refused) -> None:
-        """A request has come."""
-        self._pending[request.stream_id] = _Pending(request, time.time())
+    def open(self, request: Request | Refused, now: float) -> None:
+        """A request has come, in the turn of the loop that began at `now`."""
+        self._pending[request.stream_id] = _Pending(request, now)
         self._metrics.count("requests")
         self._metrics.answering += 1
 
@@ -61,15 +61,15 @@ class Ledger:
             if self._logs:
                 self._log(pending, each, channel)
 
-    def answered(self, request: Request, body_bytes: int, channel: PlainChannel) -> None:
-        """A request came and was answered at once, with 200 and all of its body."""
+    def answered(self, request: Request, body_bytes: int, channel: PlainChannel, now: float) -> None:
+        """A request came in the turn that began at `now` and was answered at once, with 200 and all of its body."""
         counters = self._metrics.counters
         counters["requests"] += 1
         counters["responses:200"] += 1
         counters[self._counter if channel.mode is self._mode else self._bytes_name(channel)] += body_bytes
         if self._logs:
             ended = Ended(request.stream_id, 200, body_bytes, complete=True)
-            self._log(_Pending(request, time.time()), ended, channel)
+            self._log(_Pending(request, now), ended, channel)
 
     def _bytes_name(self, channel: PlainChannel) -> str:
         """Return the counter of body bytes; it is made once for each mode."""
@@ -83,9 +83,8 @@ class Ledger:
         why = None if kernel else channel.why_userspace or "no response of handover_bytes yet"
         facts = channel.facts
         tls = TlsFacts(facts.version_name, facts.cipher_name, facts.resumed, channel.mode.value, why)
-        end = time.time()
         what = {"status": ended.status, "bytes": ended.body_bytes, "complete": ended.complete}
-        timing = {"time": timestamp(end), "duration": round(max(end - pending.started, 0.0), 6)}
+        timing = {"time": timestamp(time.time()), "duration": round(time.monotonic() - pending.started, 6)}
         entry = Entry(**_request_facts(pending.request), **what, **timing, tls=tls, client=self._client)  # type: ignore[arg-type]
         self._access_log.add(entry)
 

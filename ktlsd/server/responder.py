@@ -42,17 +42,17 @@ class Responder(Answers):
         self._hsts = hsts
         self._streams = _Slots()
 
-    def respond(self, request: Request | Refused) -> Response | Later:
+    def respond(self, request: Request | Refused, now: float) -> Response | Later:
         """Return the response, Date and Server fields included."""
-        now = time.time()
+        wall = time.time()
         try:
-            response = plan.plan_refusal(request.error) if isinstance(request, Refused) else self._answer(request, now)
+            response = plan.plan_refusal(request.error) if isinstance(request, Refused) else self._answer(request, wall)
         except RequestError as error:
             return self.refuse(request, error)
         except Exception:  # our bug: this client gets a 500, the others go on
             _log.exception("cannot answer a request")
             return self.refuse(request, RequestError(500, "Something is wrong with the server, not with the request."))
-        return response if isinstance(response, Later) else self._signed_off(response, now)
+        return response if isinstance(response, Later) else self._signed_off(response, wall)
 
     def refuse(self, request: Request | Refused, error: RequestError) -> Response:
         """Return the response that says why there is no other."""
@@ -371,10 +371,10 @@ class Redirector(Answers):
         self._challenges = challenges
         self._port = b"" if https_port == 443 else b":%d" % https_port
 
-    def respond(self, request: Request | Refused) -> Response | Later:
+    def respond(self, request: Request | Refused, now: float) -> Response | Later:
         """Return a redirect to the same address at https, or a challenge's file."""
         if isinstance(request, Refused) or not self._is_redirectable(request) or self._is_challenge(request):
-            return self._challenges.respond(request)
+            return self._challenges.respond(request, now)
         if not host_name(request.host):
             response = plan.plan_error(400, "Without a Host field there is no telling where to; use https://.", request)
         else:

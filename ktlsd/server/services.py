@@ -26,8 +26,11 @@ class Known:
 class Answers(Protocol):
     """Who answers requests."""
 
-    def respond(self, request: Request | Refused) -> Response | Later:
-        """Return the response, or what has to be done first, in a thread."""
+    def respond(self, request: Request | Refused, now: float) -> Response | Later:
+        """Return the response, or what has to be done first, in a thread.
+
+        `now` is monotonic seconds and the same for a whole turn of the loop.
+        """
         ...
 
     def refuse(self, request: Request | Refused, error: RequestError) -> Response:
@@ -35,11 +38,12 @@ class Answers(Protocol):
         ...
 
     def known(self, form: Form, now: float) -> Known | None:
-        """Return the answer to a request that came before in this very form, if that is still right.
-
-        `now` is monotonic seconds and the same for a whole turn of the loop.
-        """
+        """Return the answer to a request that came before in this very form, if that is still right."""
         return None
+
+    def sweep(self, now: float) -> None:
+        """Let go of what is kept and not right any more; called once a second."""
+        return
 
     def recognise(self, form: Form, request: Request | Refused) -> None:
         """Say that this request came in this form."""

@@ -61,6 +61,7 @@ class Worker:
         self._shares = Shares(self._limits.bandwidth) if self._limits.bandwidth is not None else None
         self._scratch = Scratch()
         self._poller = Poller()
+        self._answers = list({id(door.services.responder): door.services.responder for door in doors}.values())
         self._entrance = Entrance(doors, self._poller, kernel, self._member, services)
         self._turns: Turns[Connection] = Turns()
         self._connections: dict[int, Connection] = {}
@@ -153,6 +154,8 @@ class Worker:
         place = self._member.place
         place.beat(now)
         self._beat_at = now + BEAT
+        for responder in self._answers:
+            responder.sweep(now)
         report = Report(self._member.generation, dict(self._metrics.counters), self._metrics.reads, self._metrics.read_seconds)
         report.counters |= {"mapping_hits": self._scratch.mappings.hits, "mapping_misses": self._scratch.mappings.misses}
         report.counters["log_lines_lost"] = self._services.access_log.lost

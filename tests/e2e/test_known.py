@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from ktlsd.protocol.http2 import Http2Connection
 from ktlsd.server import hot
 from ktlsd.settings import Limits
 from tests import client
+from tests.client import wait_until
 from tests.h2client import Http2Client, Stream
 from tests.serving import ThreadServer
 
@@ -92,6 +94,27 @@ def test_an_end_that_comes_with_the_request_is_answered(server):
     one.say(ASKED, end=True)
     assert one.answer() == b"HTTP/1.1 200 OK " + BODY
     assert one.answer() == b""
+
+
+@pytest.mark.parametrize("name", ["file", "large"])
+def test_a_file_that_was_deleted_is_let_go_of_without_another_request(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(bytes(100 if name == "file" else 100_000))
+    os.utime(path, (1, 1))
+    time.sleep(0.15)
+    with ThreadServer(tmp_path, None) as server:
+        one = Client(server.port)
+        for _ in range(3):
+            one.say(ASKED.replace(b"/file", b"/" + name.encode()))
+            assert one.answer().startswith(b"HTTP/1.1 200 ")
+
+        def held():
+            links = (os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
+            return sum(link.startswith(str(path)) for link in links)
+
+        assert held()
+        path.unlink()
+        wait_until(lambda: not held(), 4.0)
 
 
 def test_requests_in_one_segment_are_all_answered(server):

@@ -385,4 +385,4 @@ def test_no_descriptor_is_left_behind(root):
                 peer.send(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" * 9)
             peer.close()
         wait_until(lambda: not server.worker._connections)
-        assert len(os.listdir("/proc/self/fd")) <= before
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # what is asked for often stays open for a moment

@@ -33,7 +33,7 @@ class World:
     def ask(self, target=b"/file", method="GET", **fields):
         headers = tuple((name.replace("_", "-").encode(), value.encode()) for name, value in fields.items())
         request = Request(method, target, b"localhost", headers, "HTTP/1.1", 1)
-        return taken(self.hot.respond(request)), taken(self.plain.respond(request))
+        return taken(self.hot.respond(request, now := time.monotonic())), taken(self.plain.respond(request, now))
 
     def close(self):
         self.hot.close()
@@ -146,7 +146,9 @@ def test_what_not_everybody_may_have_is_never_kept(tmp_path, monkeypatch, lock):
     rule = Rule(path="/**", auth=str(tmp_path / "users")) if lock == "auth" else Rule(path="/**", signed=str(tmp_path / "key"))
     world = World(tmp_path / "root", rule)
     for _ in range(3):
-        response = world.hot.respond(Request("GET", b"/file", b"x", ((b"authorization", b"Basic YW5uYTph"),), "HTTP/1.1", 1))
+        response = world.hot.respond(
+            Request("GET", b"/file", b"x", ((b"authorization", b"Basic YW5uYTph"),), "HTTP/1.1", 1), 0.0
+        )
         if isinstance(response, Later):
             response.done(response.job())
     assert not world.hot._hot
@@ -186,7 +188,9 @@ def test_a_large_file_is_kept_open_and_not_its_contents(world, change):
     (kept,) = world.hot._hot.values()
     assert kept.body is None
     assert world.hot._bytes == 0
-    first, second = (world.hot.respond(Request("GET", b"/large", b"localhost", (), "HTTP/1.1", 1)) for _ in range(2))
+    first, second = (
+        world.hot.respond(Request("GET", b"/large", b"localhost", (), "HTTP/1.1", 1), time.monotonic()) for _ in range(2)
+    )
     first.body[0].advance(60_000)
     first.body[0].file.residency.warm_to = 60_000
     assert (second.body[0].offset, second.body[0].file.residency.warm_to) == (0, 0), "each reads for itself"
@@ -239,7 +243,7 @@ class Wire:
     def _through(self, responder, data, *, tell=False):
         connection = Http1Connection()
         (request,) = connection.receive(data)
-        connection.respond(request.stream_id, responder.respond(request))
+        connection.respond(request.stream_id, responder.respond(request, time.monotonic()))
         if tell and connection.is_plain:
             responder.recognise(data, request)
         out = b"".join(
@@ -322,7 +326,7 @@ def test_nothing_remembers_a_secret(world, field):
         assert kept == made
         fields = decode_block(Decoder(), block)
         assert (field.lower(), secret) in fields
-        world.hot.respond(http2_fields.request_of(fields, 1)[0]).close()
+        world.hot.respond(http2_fields.request_of(fields, 1)[0], time.monotonic()).close()
     assert not wire.known
     assert not world.hot._hot
     memory = [http1_syntax._understood, http2_fields._understood, world.hot._by_form, world.hot._hot]
