@@ -4,7 +4,8 @@
 
     http1       10 KB by HTTP/1.1, wrk -t1 -c16 (apt-get install wrk)
     http2       10 KB, h2load -c4 -m16 (apt-get install nghttp2-client)
-    handshakes  a full handshake and one request each, one after the other
+    handshakes  a full handshake and one request each: wrk -t1 -c16 -H "Connection: close"
+    resumed     how many connections to two workers are resumed, by a client that comes again
     workers     10 KB by HTTP/1.1: two workers against one, and how evenly
     fairness    64 downloads of 16 MiB at a time: slowest over fastest; how long a request has to wait beside them
     start       from the command to the first response
@@ -16,6 +17,7 @@ import argparse
 import http.client
 import re
 import shutil
+import socket
 import ssl
 import statistics
 import subprocess
@@ -53,9 +55,12 @@ def workers(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wrk(port: int, name: str = "10k") -> float:
+def wrk(port: int, name: str = "10k", *more: str) -> float:
     told = subprocess.run(
-        ["wrk", "-t1", "-c16", f"-d{SECONDS}", f"https://127.0.0.1:{port}/{name}"], capture_output=True, text=True, check=True
+        ["wrk", "-t1", "-c16", f"-d{SECONDS}", *more, f"https://127.0.0.1:{port}/{name}"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "Non-2xx" not in told
     return float(re.search(r"Requests/sec:\s+([\d.]+)", told)[1])
@@ -70,11 +75,28 @@ def h2load(port: int) -> float:
 
 
 def handshakes(port: int) -> float:
-    done, end = 0, time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        get(port, "/small")
-        done += 1
-    return done / SECONDS
+    return wrk(port, "small", "-H", "Connection: close")
+
+
+def resumed(folder: Path) -> None:
+    """How many connections are resumed, by one client that comes again and again to two workers."""
+    with serve(folder, "--workers", "2") as server:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.minimum_version = context.maximum_version = version
+            session, found = None, []
+            for _ in range(501):
+                with (
+                    socket.create_connection(("127.0.0.1", server.port)) as sock,
+                    context.wrap_socket(sock, session=session) as tls,
+                ):
+                    tls.sendall(b"GET /small HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    tls.recv(4096)
+                    found.append(tls.session_reused)
+                    session = tls.session
+            shares = [cpu([pid]) for pid in workers(server.process.pid)]
+            print(f"resumed, {version.name}, two workers: {sum(found[1:]) / 5:.1f} %; CPU so far {shares}", flush=True)
 
 
 def get(port: int, path: str) -> int:
@@ -165,7 +187,7 @@ def start(folder: Path, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["http1", "http2", "handshakes", "workers", "fairness", "start"])
+    parser.add_argument("what", nargs="*", default=["http1", "http2", "handshakes", "resumed", "workers", "fairness", "start"])
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name, ExitStack() as stack:
@@ -180,13 +202,15 @@ def main() -> None:
         ours = (server.port, workers(server.process.pid))
         found = subprocess.run(["pgrep", "-f", f"nginx.*{folder}"], capture_output=True, text=True, check=False).stdout.split()
         other = (theirs.get("nginx", 0), [pid for master in found for pid in workers(int(master))])
-        for what, tool, ask in (("http1", "wrk", wrk), ("http2", "h2load", h2load), ("handshakes", "true", handshakes)):
+        for what, tool, ask in (("http1", "wrk", wrk), ("http2", "h2load", h2load), ("handshakes", "wrk", handshakes)):
             if what in asked.what and not (theirs and shutil.which(tool)):
                 print(f"{what}: not measured: apt-get install nginx-light wrk nghttp2-client")
             elif what in asked.what:
                 pairs(what, asked.rounds, ask, ours, other)
         if "fairness" in asked.what:
             fairness(server.port)
+        if "resumed" in asked.what:
+            resumed(folder)
         if "workers" in asked.what and shutil.which("wrk"):
             two_workers(folder, asked.rounds)
         if "start" in asked.what:

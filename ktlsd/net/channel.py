@@ -99,9 +99,8 @@ class Channel(PlainChannel):
                 raise
             finally:
                 self._learn()
-        tx.flush()
         self._established()
-        return True
+        return True  # its last records go with what is sent next, or by `try_flush`: soon, for clients with Nagle's delay
 
     def _established(self) -> None:
         self.mode = Mode.USERSPACE
@@ -211,12 +210,15 @@ class Channel(PlainChannel):
                 self._renew_keys()
         return sent
 
-    def try_send_whole(self, data: bytes, *, body_bytes: int) -> bool:
-        """Send a small response in one piece if it goes by userspace and nothing waits; False: nothing was accepted."""
+    def try_send_whole(self, data: bytes, *, body_bytes: int, last: bool = False) -> bool:
+        """Send a small response in one piece if it goes by userspace and nothing waits; False: nothing was accepted.
+
+        `last`: `try_close` comes next; its close_notify goes along.
+        """
         tx = self._tx
         if not isinstance(tx, UserspaceTx) or (not self.why_userspace and body_bytes >= self._policy.handover_bytes):
             return False
-        if not tx.send_whole(data):
+        if not tx.send_whole(data, last=last):
             return False
         self._payload_left -= len(data)
         if self._payload_left <= 0:
@@ -274,5 +276,6 @@ class Channel(PlainChannel):
         """Close the socket; what TCP has taken is still delivered."""
         # OpenSSL takes a session that ends without its own close_notify for a broken one and won't resume it: curl, which
         # uses session IDs and no tickets in TLS 1.2, would never resume after kernel mode. The record goes nowhere.
-        self.session.close_notify()
+        if self._closing is Closing.NO or isinstance(self._tx, KernelTx):
+            self.session.close_notify()
         self._sock.close()

@@ -125,8 +125,11 @@ class PlainChannel:
         """Send from the front of `segments`; return how many bytes were accepted, None if none could be."""
         return self._tx.send(segments)
 
-    def try_send_whole(self, data: bytes, *, body_bytes: int) -> bool:
-        """Send all of `data`, a response with so much body, if that is sure to go whole; False: nothing was accepted."""
+    def try_send_whole(self, data: bytes, *, body_bytes: int, last: bool = False) -> bool:
+        """Send all of `data`, a response with so much body, if that is sure to go whole; False: nothing was accepted.
+
+        `last`: `try_close` comes next.
+        """
         return False
 
     def try_flush(self) -> bool:

@@ -37,7 +37,7 @@ class Scratch:
 class UserspaceTx:
     """The sending half of a channel until the kernel takes over. Holds at most one step's ciphertext."""
 
-    __slots__ = ("_burst", "_kernel", "_notified", "_scratch", "_session", "_sock", "_unsent")
+    __slots__ = ("_burst", "_kernel", "_notified", "_scratch", "_session", "_sock", "_unsent", "_untried")
 
     def __init__(self, sock: socket.socket, session: Session, kernel: Kernel, scratch: Scratch) -> None:
         self._sock = sock
@@ -45,12 +45,13 @@ class UserspaceTx:
         self._kernel = kernel
         self._scratch = scratch
         self._unsent: list[bytes | memoryview] = []  # ciphertext that OpenSSL has written and TCP has not taken
+        self._untried = False  # nor been offered: some records that OpenSSL wrote by itself, which go along with what follows
         self._burst = _BURST_MIN
         self._notified = False
 
     def send(self, segments: Sequence[Outgoing]) -> int | None:
         """Encrypt and send from the front of `segments`; None if older ciphertext still waits. Raises FileTruncated."""
-        if self._unsent and not self.flush():
+        if self._unsent and not self._untried and not self.flush():
             return None
         total, accepted = sum(map(len, segments)), 0
         for _ in range(_STEPS):
@@ -65,7 +66,7 @@ class UserspaceTx:
             if not plain:
                 break
             before, accepted = accepted, accepted + len(plain)
-            self._unsent = [*self._session.encrypt(plain)]
+            self._unsent += self._session.encrypt(plain)
             try:
                 flushed = self.flush()
             except PeerTruncated:
@@ -78,13 +79,19 @@ class UserspaceTx:
             self._burst = min(self._burst * 2, _BURST_MAX)
         return accepted
 
-    def send_whole(self, data: bytes) -> bool:
-        """Encrypt and send all of it, or nothing if older ciphertext still waits or it is too much to hold."""
-        if len(data) > WHOLE_MAX or (self._unsent and not self.flush()):
+    def send_whole(self, data: bytes, *, last: bool = False) -> bool:
+        """Encrypt and send all of it, or nothing if older ciphertext still waits or it is too much to hold.
+
+        `last`: with close_notify behind it.
+        """
+        if len(data) > WHOLE_MAX or (self._unsent and not self._untried and not self.flush()):
             return False
-        if len(data) > STEP:
-            self._unsent = [*self._session.encrypt(memoryview(data))]
-            self.flush()
+        if last or self._unsent or len(data) > STEP:
+            self._unsent += self._session.encrypt(memoryview(data))
+            if last:
+                self.notify_close()
+            else:
+                self.flush()
             return True
         ciphertext = self._session.encrypt_step(data)
         sent = self._kernel.send(self._sock, (ciphertext,), more=False)
@@ -95,11 +102,13 @@ class UserspaceTx:
     def queue(self, ciphertext: bytes) -> None:
         """Put a record that the session wrote by itself behind all others."""
         if ciphertext:
+            self._untried = self._untried or not self._unsent
             self._unsent.append(ciphertext)
 
     def flush(self) -> bool:
         """Send ciphertext that is left over; whether none is."""
         unsent = self._unsent
+        self._untried = False
         while unsent:
             sent = self._kernel.send(self._sock, unsent[:IOV_MAX], more=False)
             if sent is None:

@@ -10,8 +10,8 @@ from typing import Final
 
 from ktlsd.errors import RequestError
 from ktlsd.protocol.bodies import BodyDrain
-from ktlsd.protocol.http1_syntax import MAX_HEAD, MAX_REQUEST_LINE, understand
-from ktlsd.protocol.messages import Ended, Refused, Request, Response, reason_phrase
+from ktlsd.protocol.http1_syntax import END, MAX_HEAD, MAX_REQUEST_LINE, understand, write_head
+from ktlsd.protocol.messages import Ended, Refused, Request, Response
 from ktlsd.slices import FileSlice, Segment
 
 MAX_PIPELINED: Final = 4  # requests understood and not yet answered; more wait in the buffer
@@ -84,18 +84,22 @@ class Http1Connection:
         return not (begun or self._refused or self._draining or self.closing) and self._left > 1
 
     @property
-    def is_plain(self) -> bool:
-        """Whether all that came and is not answered is one request without a body, after which the connection goes on."""
+    def plain_end(self) -> bytes | None:
+        """What a head ends with that answers all that came, if that is one request without a body; else None."""
         if len(self._exchanges) != 1 or self._buffer or self._body is not None:
-            return False
-        return self._exchanges[0].keep_alive and not self._exchanges[0].http10
+            return None
+        return _end_of_head(self._exchanges[0])
 
-    def answered(self, count: int) -> bool:
-        """Account for a request that came while it was `at_rest`, and its answer of so many bytes; whether it still is."""
+    def answered(self, count: int, *, last: bool = False) -> bool:
+        """Account for a request that came while it was `at_rest`, and its answer of so many bytes; whether it still is.
+
+        `last`: the client wanted it to be the last.
+        """
         self._left -= 1
         self._next_id += 1
         self.progress += count
-        return self._left > 1
+        self.closing = self._refused = last
+        return self._left > 1 and not last
 
     @property
     def wants_input(self) -> bool:
@@ -377,19 +381,12 @@ class Http1Connection:
 
 def _head(response: Response, exchange: _Exchange) -> bytes:
     """Return status line, fields and the empty line; an interim 100 in front if the client waits for it."""
-    end = b"Transfer-Encoding: chunked\r\n" if exchange.chunked else b""
-    if not exchange.keep_alive:
-        end += b"Connection: close\r\n"
-    elif exchange.http10:
-        end += b"Connection: keep-alive\r\n"
-    head = write_head(response, end)
+    head = write_head(response, _end_of_head(exchange))
     return _CONTINUE + head if exchange.continue_wanted and response.status < 400 else head
 
 
-def write_head(response: Response, end: bytes = b"") -> bytes:
-    """Return a response's head with the empty line; `end` is fields in the form they have on the wire."""
-    lines = [b"HTTP/1.1 %d %s\r\n" % (response.status, reason_phrase(response.status).encode("ascii"))]
-    lines += [b"%s: %s\r\n" % header for header in response.headers]
-    if response.content_length is not None:
-        lines.append(b"Content-Length: %d\r\n" % response.content_length)
-    return b"".join((*lines, end, b"\r\n"))
+def _end_of_head(exchange: _Exchange) -> bytes:
+    chunked = b"Transfer-Encoding: chunked\r\n" if exchange.chunked else b""
+    if not exchange.keep_alive:
+        return chunked + END
+    return chunked + b"Connection: keep-alive\r\n" if exchange.http10 else chunked

@@ -1,11 +1,14 @@
-"""The head of an HTTP/1.1 request, line by line (RFC 9112 §3, §5): each rule has its own answer and status. Pure functions."""
+"""Heads of HTTP/1.1: a request's read line by line (RFC 9112 §3, §5), where each rule has its own answer and status, and a
+response's written. Pure functions.
+"""
 
 import re
 from typing import Final, NamedTuple
 
 from ktlsd.errors import RequestError
-from ktlsd.protocol.messages import SECRET_FIELDS
+from ktlsd.protocol.messages import SECRET_FIELDS, Response, reason_phrase
 
+END: Final = b"Connection: close\r\n"  # of a response's head, behind which the connection ends
 MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
 MAX_HEAD: Final = 32_768  # bytes of request line and fields; longer is 431
 MAX_FIELDS: Final = 100
@@ -137,3 +140,12 @@ def plain_answer(request: bytes) -> bytes:
         b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
         b"Content-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(page), page)
     )
+
+
+def write_head(response: Response, end: bytes = b"") -> bytes:
+    """Return a response's head with the empty line; `end` is fields in the form they have on the wire."""
+    lines = [b"HTTP/1.1 %d %s\r\n" % (response.status, reason_phrase(response.status).encode("ascii"))]
+    lines += [b"%s: %s\r\n" % header for header in response.headers]
+    if response.content_length is not None:
+        lines.append(b"Content-Length: %d\r\n" % response.content_length)
+    return b"".join((*lines, end, b"\r\n"))

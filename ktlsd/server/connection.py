@@ -122,6 +122,8 @@ class Connection:
             if not self._channel.try_handshake():
                 return Turn.WAIT
             self._established(now)
+            if self._talk is not None and self._talk.greet(now):
+                return Turn.WAIT
         if self._stage is _Stage.HTTP and self._converse(now, overdue=overdue):
             return Turn.AGAIN
         if self._stage is _Stage.CLOSING:

@@ -97,16 +97,22 @@ class Conversation:
         self.spent += spent
         return None
 
+    def greet(self, now: float) -> bool:
+        """Begin with what may have come along with the handshake's end; whether that was all, by the short way."""
+        spent = self.answer_known(now) if self.rests else None
+        self.spent += spent or 0
+        return spent is not None
+
     def _answer_one(self, data: bytes, now: float) -> tuple[int, bool]:
         """Answer a request of HTTP/1.1 if it came before, else `_understand` it; return bytes sent, and if it still rests."""
         assert self._http1 is not None
         known = self._services.responder.known(data, now)
-        if known is None or not self._send_known(known.wire, known.body_bytes):
+        if known is None or not self._send_known(known.wire, known.body_bytes, last=known.last):
             self._understand(data, now)
             return 0, False
         self._ledger.answered(known.request, known.body_bytes, self._channel, now)
         self._patience.rested(now)
-        return len(known.wire), self._http1.answered(len(known.wire))
+        return len(known.wire), self._http1.answered(len(known.wire), last=known.last)
 
     def _answer_some(self, data: bytes, now: float) -> tuple[int, bool]:
         """The same for HTTP/2, where several may come at a time: all of them or none."""
@@ -135,10 +141,10 @@ class Conversation:
             answers.append(known)
         return answers
 
-    def _send_known(self, wire: bytes, body_bytes: int) -> bool:
+    def _send_known(self, wire: bytes, body_bytes: int, *, last: bool = False) -> bool:
         """Send an answer whole or nothing of it; whether it went. If the connection is lost, it is as if it had been begun."""
         try:
-            return self._channel.try_send_whole(wire, body_bytes=body_bytes)
+            return self._channel.try_send_whole(wire, body_bytes=body_bytes, last=last)
         except PeerError as error:
             self._failure = error
             return False
@@ -155,6 +161,7 @@ class Conversation:
         if self._failure is not None:
             raise self._failure
         again = self._pump(now)
+        self._channel.try_flush()  # what nothing was sent behind: a handshake's last records, the end of a response
         self.rests = not again and self._http.at_rest
         return again
 
@@ -163,7 +170,6 @@ class Conversation:
         spent = received = 0
         budget = _BUDGET_USERSPACE if channel.mode is Mode.USERSPACE else _BUDGET
         blocked = False
-        channel.try_flush()  # the end of a response may still be held there when HTTP has nothing more to send
         while True:
             while segments := http.next_output(budget):
                 try:
@@ -257,8 +263,8 @@ class Conversation:
             self._answer(request, now)
             if isinstance(request, Request) and request.fields is not None:
                 self._services.responder.recognise(request.fields, request)
-            elif rested and self._http1 is not None and self._http1.is_plain:
-                self._services.responder.recognise(data, request)
+            elif rested and self._http1 is not None and (end := self._http1.plain_end) is not None:
+                self._services.responder.recognise(data, request, end)
 
     # --- answers ---------------------------------------------------------------------------------------------------
 

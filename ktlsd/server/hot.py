@@ -17,7 +17,7 @@ from typing import Final
 from ktlsd.errors import FileCold, FileTruncated, RequestError
 from ktlsd.net.gather import gather
 from ktlsd.protocol.header_blocks import block_of
-from ktlsd.protocol.http1 import write_head
+from ktlsd.protocol.http1_syntax import END, write_head
 from ktlsd.protocol.http2_known import prepare
 from ktlsd.protocol.messages import SECRET_FIELDS, Headers, Refused, Request, Response
 from ktlsd.protocol.semantics import http_date
@@ -56,7 +56,7 @@ class _Hot:
         self.second, response = second, self.response(second)
         assert self.body is not None
         if isinstance(self.form, bytes):
-            known.wire = write_head(response) + self.body
+            known.wire = write_head(response, known.end) + self.body
         else:
             known.frames = prepare(block_of(response), self.body)
 
@@ -102,13 +102,14 @@ class HotResponses(Answers):
             self._now, self._second = now, int(time.time())
         return self._second
 
-    def recognise(self, form: Form, request: Request | Refused) -> None:
-        """Say that this request came in this form."""
+    def recognise(self, form: Form, request: Request | Refused, end: bytes = b"") -> None:
+        """Say that this request came in this form, and with what its answer's head ends by HTTP/1.1."""
         if isinstance(form, bytes) and len(form) > _DATA_MAX:
             return
         hot = self._hot.get(_key(request)) if isinstance(request, Request) else None
         if isinstance(request, Request) and hot is not None and hot.body is not None and not hot.form:
-            hot.form, hot.known, hot.second = form, Known(request, hot.length), 0
+            hot.form, hot.second = form, 0
+            hot.known = Known(request, hot.length, end=end, last=end == END)
             self._by_form[form] = hot
 
     def respond(self, request: Request | Refused, now: float) -> Response | Later:

@@ -21,6 +21,8 @@ class Known:
     body_bytes: int
     wire: bytes = b""  # all of it, as it goes out by HTTP/1.1
     frames: list[bytes] = field(default_factory=list)  # and by HTTP/2: `http2_known.prepare`
+    end: bytes = b""  # of HTTP/1.1's head: about the connection
+    last: bool = False  # the connection ends with it
 
 
 class Answers(Protocol):
@@ -45,8 +47,8 @@ class Answers(Protocol):
         """Let go of what is kept and not right any more; called once a second."""
         return
 
-    def recognise(self, form: Form, request: Request | Refused) -> None:
-        """Say that this request came in this form."""
+    def recognise(self, form: Form, request: Request | Refused, end: bytes = b"") -> None:
+        """Say that this request came in this form, and with what its answer's head ends by HTTP/1.1."""
         return
 
 

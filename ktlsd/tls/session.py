@@ -68,7 +68,7 @@ class Session:
         bios = bios or Bios()
         self._incoming = bios.incoming
         self._outgoing = bios.outgoing
-        self._aligned = True  # what came ends where a record does
+        self._aligned = exports  # what came ends where a record does; who asks no key log need not know
         self._idle_input = 0  # bytes that came since there was plaintext in them
         self._held_in = b""  # ciphertext that OpenSSL has not read: what came behind the client's Finished
         self._held_out = b""  # records that OpenSSL wrote by itself while it read

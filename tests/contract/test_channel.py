@@ -56,6 +56,8 @@ class Pair:
         self.exchange()
         self.channel.note_input(ended=False)
         done = self.channel.try_handshake()
+        if done:
+            self.channel.try_flush()  # or the client's first words wait for our acknowledgement of its Finished
         self.exchange()
         return done
 

@@ -14,6 +14,7 @@ import pytest
 from ktlsd.errors import PeerTruncated
 from ktlsd.protocol.http2 import Http2Connection
 from ktlsd.server import hot
+from ktlsd.server.conversation import Conversation
 from ktlsd.settings import Limits
 from tests import client
 from tests.client import wait_until
@@ -198,6 +199,59 @@ def test_everything_is_logged_and_counted_as_on_the_long_way(server):
     counters = server.metrics.counters
     assert (counters["requests"], counters["responses:200"], server.metrics.answering) == (8, 8, 0)
     assert counters["body_bytes:userspace:http/1.1"] == 8 * len(BODY)
+
+
+@pytest.mark.parametrize("asked", [ASKED[:-2] + b"Connection: close\r\n\r\n", ASKED.replace(b"1.1", b"1.0")])
+def test_a_client_that_wants_to_ask_once_is_answered_and_left(server, asked):
+    for number in range(6):
+        one = Client(server.port)
+        one.say(asked, *[ASKED] * (number == 5))
+        assert one.answer() == b"HTTP/1.1 200 OK " + BODY
+        assert one.answer() == b"", "close_notify, and nothing to what came behind it"
+        one.memory.ssl.shutdown()
+        one.flush()
+        assert one.sock.recv(1) == b""
+    responder = next(iter(server.worker._entrance._doors.values())).services.responder
+    assert responder._by_form[asked].known.last
+    wait_until(lambda: not server.worker._connections)
+    time.sleep(0.1)
+    entries = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert [entry["complete"] for entry in entries] == [True] * 6
+    assert "ended:PeerTruncated" not in server.metrics.counters
+
+
+def test_the_first_request_of_a_connection_takes_the_short_way(server, monkeypatch):
+    known(server)
+    asked = []
+    real = Conversation.greet
+
+    def greeting(self, now):
+        asked.append(real(self, now))
+        return asked[-1]
+
+    monkeypatch.setattr(Conversation, "greet", greeting)
+    context = ssl._create_unverified_context()
+    for _ in range(8):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock, pytest.raises(ssl.SSLWantReadError):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+            sock.sendall(outgoing.read())
+            while not tls.version() or not outgoing.pending:
+                incoming.write(sock.recv(65_536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+            tls.write(ASKED)
+            sock.sendall(outgoing.read())  # Finished and the request in one segment
+            out = b""
+            while not out.endswith(BODY):
+                incoming.write(sock.recv(65_536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    out += tls.read(65_536)
+            assert tls.session.has_ticket, "it went along"
+            tls.read(1)
+    assert any(asked)
 
 
 def test_the_last_request_that_a_connection_may_make_says_so(tmp_path):

@@ -244,8 +244,8 @@ class Wire:
         connection = Http1Connection()
         (request,) = connection.receive(data)
         connection.respond(request.stream_id, responder.respond(request, time.monotonic()))
-        if tell and connection.is_plain:
-            responder.recognise(data, request)
+        if tell and connection.plain_end is not None:
+            responder.recognise(data, request, connection.plain_end)
         out = b"".join(
             part if isinstance(part, bytes) else os.pread(part.file.fd, part.length, part.offset)
             for part in connection.next_output(1 << 20)
@@ -277,9 +277,6 @@ def test_a_change_counts_with_the_next_request_in_the_same_bytes(world, change):
 @pytest.mark.parametrize(
     "data",
     [
-        asked(b"/file", b"Connection: close"),
-        asked().replace(b"HTTP/1.1", b"HTTP/1.0"),
-        asked().replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host", b"Connection: keep-alive\r\nHost"),
         asked().replace(b"GET", b"HEAD"),
         asked(b"/file", b"Content-Length: 0"),
         asked(b"/file", b"Range: bytes=0-1"),
@@ -293,6 +290,24 @@ def test_what_is_not_plain_is_not_known_by_its_bytes(world, data):
         kept, made = wire.ask(data)
         assert kept == made
     assert not wire.known or b"Content-Length: 0" in data
+
+
+@pytest.mark.parametrize(
+    ("data", "last"),
+    [
+        (asked(b"/file", b"Connection: close"), True),
+        (asked().replace(b"HTTP/1.1", b"HTTP/1.0"), True),
+        (asked().replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host", b"Connection: keep-alive\r\nHost"), False),
+        (asked(b"/file", b"Connection: keep-alive"), False),
+    ],
+)
+def test_what_becomes_of_the_connection_is_known_too(world, data, last):
+    wire = Wire(world)
+    for _ in range(4):
+        kept, made = wire.ask(data)
+        assert kept == made
+    assert wire.known == 2
+    assert world.hot.known(data, time.monotonic()).last == last
 
 
 def test_what_is_known_names_the_present_second(world, monkeypatch):
