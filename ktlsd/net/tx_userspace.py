@@ -84,9 +84,9 @@ class UserspaceTx:
 
         `last`: with close_notify behind it.
         """
-        if len(data) > WHOLE_MAX or (self._unsent and not self._untried and not self.flush()):
-            return False
         if last or self._unsent or len(data) > STEP:
+            if len(data) > WHOLE_MAX or (self._unsent and not self._untried and not self.flush()):
+                return False
             self._unsent += self._session.encrypt(memoryview(data))
             if last:
                 self.notify_close()

@@ -71,7 +71,7 @@ class Conversation:
 
         None: there is more to do than that, `pump` has to follow.
         """
-        channel = self._channel
+        channel, http1, answers = self._channel, self._http1, self._services.responder
         spent = 0
         for _ in range(_KNOWN):
             try:
@@ -85,9 +85,19 @@ class Conversation:
             except PeerError as error:
                 self._failure = error
                 break
-            count, rests = self._answer_one(data, now) if self._http1 is not None else self._answer_some(data, now)
+            if http1 is None:
+                count = self._answer_some(data, now)
+            else:
+                known = answers.known(data, now)
+                if known is None or not self._send_known(known.wire, known.body_bytes, last=known.last):
+                    self._understand(data, now)
+                    break
+                self._ledger.answered(known.request, known.body_bytes, channel, now)
+                self._patience.rested(now)
+                count = len(known.wire)
+                self.rests = http1.answered(count, last=known.last)
             spent += count
-            if not rests or channel.expiring:
+            if not self.rests or channel.expiring:
                 break
             if not channel.has_input:
                 self._sent += spent
@@ -103,19 +113,8 @@ class Conversation:
         self.spent += spent or 0
         return spent is not None
 
-    def _answer_one(self, data: bytes, now: float) -> tuple[int, bool]:
-        """Answer a request of HTTP/1.1 if it came before, else `_understand` it; return bytes sent, and if it still rests."""
-        assert self._http1 is not None
-        known = self._services.responder.known(data, now)
-        if known is None or not self._send_known(known.wire, known.body_bytes, last=known.last):
-            self._understand(data, now)
-            return 0, False
-        self._ledger.answered(known.request, known.body_bytes, self._channel, now)
-        self._patience.rested(now)
-        return len(known.wire), self._http1.answered(len(known.wire), last=known.last)
-
-    def _answer_some(self, data: bytes, now: float) -> tuple[int, bool]:
-        """The same for HTTP/2, where several may come at a time: all of them or none."""
+    def _answer_some(self, data: bytes, now: float) -> int:
+        """The same for HTTP/2, where several requests may come at a time: all of them or none. Return bytes sent."""
         http = self._http2
         assert http is not None
         asked = http.known.read(data)
@@ -126,10 +125,13 @@ class Conversation:
             if wire is not None and (not wire or self._send_known(wire, max(sizes))):
                 for each in answers:
                     self._ledger.answered(each.request, each.body_bytes, self._channel, now)
-                self._patience.rested(now)
-                return len(wire), http.answered(asked, sum(sizes), now)
+                if answers:  # not for windows alone
+                    self._patience.rested(now)
+                self.rests = http.answered(asked, sum(sizes), now)
+                return len(wire)
         self._understand(data, now)
-        return 0, False
+        self.rests = False
+        return 0
 
     def _find(self, asked: Asked, now: float) -> list[Known] | None:
         """Return all answers, None if one is missing."""

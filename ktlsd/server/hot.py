@@ -87,7 +87,7 @@ class HotResponses(Answers):
         hot = self._by_form.get(form)
         if hot is None or hot.known is None:
             return None
-        second = self._wall(now)
+        second = self._second if now == self._now else self._wall(now)
         if hot.looked != now:
             if hot.until <= now or not _unchanged(hot.file):
                 return None  # who is asked now sees it, too, and forgets it

@@ -199,8 +199,10 @@ class Session:
         Raises RecordError, UnexpectedMessage or PeerAlert; OpenSSL's own alert is in `farewell` and only of use in
         userspace mode.
         """
-        came = application_bytes(ciphertext) if self._aligned else -1
-        self._aligned = came >= 0
+        came = -1
+        if self._aligned:
+            came = application_bytes(ciphertext)
+            self._aligned = came >= 0
         incoming = self._incoming
         if self._held_in or incoming.pending or self._outgoing.pending:
             self._put(ciphertext)
@@ -224,7 +226,8 @@ class Session:
         finally:
             if incoming.pending or self._outgoing.pending:
                 self._keep()
-        self.may_have_logged = not plain or len(plain) != came  # every byte that came was application data, or not
+        if self._counts:
+            self.may_have_logged = not plain or len(plain) != came  # every byte that came was application data, or not
         self._idle_input = 0 if plain else self._idle_input + len(ciphertext)
         if self._idle_input > _IDLE_INPUT_MAX or len(self._held_out) > _HELD_OUT_MAX:
             raise UnexpectedMessage("KeyUpdates, and nothing else")
@@ -274,6 +277,7 @@ class Session:
     def keep_keys(self) -> None:
         """Say that its keys will never be exported: from now on it doesn't know its secret, nor count records."""
         self._counts, self._secret = False, None
+        self._aligned, self.may_have_logged = False, True  # its context may go on logging, for others' sake
 
     @property
     def exportable(self) -> bool:

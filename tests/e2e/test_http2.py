@@ -415,7 +415,7 @@ def test_clients_that_leave_leave_nothing_behind(root, server):
     assert client.fetch("/").status == 200
     client.close()
     wait_until(lambda: not server.worker._connections)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # what is asked for often stays open for a moment
 
 
 def test_a_client_that_does_not_read_costs_no_turns(root, server, monkeypatch):
