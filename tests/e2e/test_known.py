@@ -366,3 +366,20 @@ def test_a_connection_of_http2_that_is_lost_while_it_is_answered_is_counted_as_c
     assert server.metrics.counters["responses_cut"] == 1
     assert server.metrics.answering == 0
     assert bytes(known2(server).fetch("/file").body) == BODY
+
+
+def test_windows_alone_do_not_keep_a_connection(tmp_path):
+    (tmp_path / "file").write_bytes(BODY)
+    os.utime(tmp_path / "file", (1, 1))
+    time.sleep(0.15)
+    with ThreadServer(tmp_path, None, limits=Limits(idle_timeout=0.6, linger_timeout=0.2)) as server:
+        one = known2(server)
+        began = time.monotonic()
+        with pytest.raises((OSError, AssertionError)):
+            while True:
+                one.http.increment_flow_control_window(10)
+                one.said()
+                time.sleep(0.05)
+                assert time.monotonic() - began < 5, "it is kept"
+                assert server.worker._connections
+        assert time.monotonic() - began < 3
