@@ -1,6 +1,7 @@
 """What a response is made of: bytes, and stretches of open files that nobody reads before the channel does."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,10 +18,17 @@ class Residency:
     warm_from: int = 0  # from here to `warm_to` it was found in memory, or has been read into it for us
     warm_to: int = 0
     window: int = FIRST_WINDOW  # bytes to read the next time
+    until: float = float("inf")  # monotonic seconds; what was only found there may be taken out again
+
+    def found(self, start: int, end: int, until: float) -> None:
+        """Remember that all of these bytes are in memory, or will be taken to be so long."""
+        self.warm_from, self.warm_to, self.until = start, end, until
 
     def is_warm(self, offset: int) -> bool:
         """Whether there is no need to ask."""
-        return not self.asks or self.warm_from <= offset < self.warm_to
+        if not self.asks:
+            return True
+        return self.warm_from <= offset < self.warm_to and time.monotonic() < self.until
 
 
 @dataclass(slots=True)

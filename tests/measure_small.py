@@ -1,13 +1,16 @@
-"""Small requests, handshakes, fairness and the start, ktlsd (userspace mode) beside nginx, in turn: medians of ratios.
+"""Small requests, handshakes, fairness and the start, ktlsd beside nginx, in turn: medians of ratios.
 
-    python tests/measure_small.py [--rounds 7] [WHAT ...]
+Userspace mode, or with --ktls auto the kernel where it can.
+
+    python tests/measure_small.py [--rounds 7] [--ktls auto] [WHAT ...]
 
     http1       10 KB by HTTP/1.1, wrk -t1 -c16 (apt-get install wrk)
     http2       10 KB, h2load -c4 -m16 (apt-get install nghttp2-client)
     handshakes  a full handshake and one request each: wrk -t1 -c16 -H "Connection: close"
     resumed     how many connections to two workers are resumed, by a client that comes again
     workers     10 KB by HTTP/1.1: two workers against one, and how evenly
-    fairness    64 downloads of 16 MiB at a time: slowest over fastest; how long a request has to wait beside them
+    fairness    64 downloads of 16 MiB at a time: fastest over slowest; how long a request has to wait beside them, and how
+                long a turn of the worker's loop takes (strace)
     start       from the command to the first response
 
 Rates are requests per second; CPU is the server's, user and system, from /proc/PID/schedstat.
@@ -17,6 +20,7 @@ import argparse
 import http.client
 import re
 import shutil
+import signal
 import socket
 import ssl
 import statistics
@@ -25,8 +29,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,6 +39,7 @@ from tests import measure, pki
 from tests.serving import Program, program
 
 SECONDS = 3
+KTLS = "off"
 TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 TLS.check_hostname, TLS.verify_mode = False, ssl.CERT_NONE
 
@@ -42,7 +47,7 @@ TLS.check_hostname, TLS.verify_mode = False, ssl.CERT_NONE
 def serve(folder: Path, *more: str) -> AbstractContextManager[Program]:
     """Userspace mode; a connection may ask as often as the tools like, as with the peer."""
     (folder / "many.toml").write_text("[limits]\nrequests_per_connection = 10000000\n")
-    own = ("--cert", "cert.pem", "--key", "key.pem", "--ktls", "off", "--config", "many.toml")
+    own = ("--cert", "cert.pem", "--key", "key.pem", "--ktls", KTLS, "--config", "many.toml")
     return program("root", *own, *more, cwd=folder)
 
 
@@ -149,7 +154,34 @@ def two_workers(folder: Path, rounds: int) -> None:
     )
 
 
-def fairness(port: int) -> None:
+@contextmanager
+def turns(pid: int) -> Iterator[list[float]]:
+    """Collect how long the worker was busy between two waits, in seconds: by strace, which looks at nothing else."""
+    found: list[float] = []
+    if not shutil.which("strace"):
+        yield found
+        return
+    with tempfile.NamedTemporaryFile("r") as report:
+        tracer = subprocess.Popen(
+            ["strace", "--seccomp-bpf", "-f", "-ttt", "-T", "-e", "trace=epoll_wait", "-o", report.name, "-p", str(pid)],
+            stderr=subprocess.PIPE,
+        )
+        assert tracer.stderr is not None
+        tracer.stderr.readline()
+        yield found
+        tracer.send_signal(signal.SIGINT)
+        tracer.communicate(timeout=20)
+        ended = None
+        for line in report:
+            match = re.search(r" (\d+\.\d+) epoll_wait.*<(\d+\.\d+)>$", line)
+            if match:
+                began, waited = float(match[1]), float(match[2])
+                if ended is not None:
+                    found.append(began - ended)
+                ended = began + waited
+
+
+def fairness(port: int, pid: int) -> None:
     seconds: list[float] = []
     begin = threading.Barrier(65)
 
@@ -164,15 +196,20 @@ def fairness(port: int) -> None:
         thread.start()
     begin.wait()
     waits = []
-    while any(thread.is_alive() for thread in threads):
-        started = time.monotonic()
-        get(port, "/small")
-        waits.append(time.monotonic() - started)
+    with turns(pid) as busy:
+        while any(thread.is_alive() for thread in threads):
+            started = time.monotonic()
+            get(port, "/small")
+            waits.append(time.monotonic() - started)
     for thread in threads:
         thread.join()
     even, wait, longest = min(seconds) / max(seconds), statistics.median(waits) * 1e3, max(waits) * 1e3
     print(f"64 downloads of 16 MiB: fastest over slowest {even:.2f}", flush=True)
     print(f"  a handshake and a small request beside them: median {wait:.0f} ms, longest {longest:.0f} ms", flush=True)
+    if busy:
+        busy.sort()
+        ms = [1e3 * busy[int(len(busy) * part)] for part in (0.5, 0.99)]
+        print(f"  a turn of the loop: median {ms[0]:.1f} ms, 99 % {ms[1]:.1f} ms, longest {1e3 * busy[-1]:.1f} ms", flush=True)
 
 
 def start(folder: Path, rounds: int) -> None:
@@ -189,7 +226,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["http1", "http2", "handshakes", "resumed", "workers", "fairness", "start"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ktls", choices=["off", "auto"], default="off")
     asked = parser.parse_args()
+    global KTLS
+    KTLS = asked.ktls
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name, ExitStack() as stack:
         folder = Path(name)
         folder.chmod(0o755)
@@ -208,7 +248,7 @@ def main() -> None:
             elif what in asked.what:
                 pairs(what, asked.rounds, ask, ours, other)
         if "fairness" in asked.what:
-            fairness(server.port)
+            fairness(server.port, ours[1][0])
         if "resumed" in asked.what:
             resumed(folder)
         if "workers" in asked.what and shutil.which("wrk"):

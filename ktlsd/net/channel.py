@@ -157,18 +157,18 @@ class Channel(PlainChannel):
 
     def _decrypt(self, ciphertext: bytes) -> bytes:
         session = self.session
+        before = session.key_updates
         try:
             plain = session.decrypt(ciphertext)
         except PeerError as exc:
             self.say_goodbye(exc)
             raise
+        finally:
+            if session.may_have_logged:
+                self._learn()  # whatever happened: what stays in the pipe would fill it, and OpenSSL waits for room
         if session.version == uapi.TLS_1_3_VERSION:
-            before = session.key_updates
-            if self._keylog is not None and session.may_have_logged:
-                self._learn()
             if session.key_updates != before:
                 self._answer_key_update()
-                self._learn()
         elif refusal := session.take_output():
             if isinstance(self._tx, UserspaceTx):
                 self._tx.queue(refusal)
@@ -181,7 +181,10 @@ class Channel(PlainChannel):
 
     def _answer_key_update(self) -> None:
         """Act on the peer's KeyUpdate; if it asked for ours, that goes before anything else we send (RFC 8446 §4.6.3)."""
-        answer = self.session.answer_key_update()
+        try:
+            answer = self.session.answer_key_update()
+        finally:
+            self._learn()
         if not answer:
             return
         if isinstance(self._tx, UserspaceTx):

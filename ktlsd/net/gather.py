@@ -5,8 +5,10 @@ Files are read with pread and not mapped: a mapping that is truncated under us i
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from copy import copy
+from typing import Final
 
 from ktlsd.errors import FileCold, FileTruncated
 from ktlsd.net.pages import IOV_MAX
@@ -79,11 +81,14 @@ def _preadv(file: OpenFile, rooms: list[memoryview], offset: int, length: int) -
 _mute_devices: set[int] = set()  # file systems that don't know whether reading would wait
 
 
+_FRESH: Final = 1.0  # seconds that what was found in memory is taken to be there
+
+
 def warm_count(file: OpenFile, offset: int, count: int, *, whole: bool = False) -> int:
     """Return how many of `count` bytes from `offset` can go at once; raises FileCold if the disk would have to be waited for.
 
-    What was found in memory is not asked about again before it has gone: a socket that takes 256 KiB at a time would have
-    2 MiB looked through for each of them. If fewer are of no use (`whole`), what lies behind it is asked about at once.
+    Where every page was found in memory they are not asked about again for a second: a socket that takes 256 KiB at a time
+    would have 2 MiB looked through for each of them. If fewer are of no use (`whole`), what lies behind is asked about at once.
 
     Where the kernel has cachestat (6.5, and for those who may write the file or own it) it is asked about every page, else
     about the first and the last, with which the others mostly go along. A file that has become shorter is found out by whoever
@@ -98,7 +103,7 @@ def warm_count(file: OpenFile, offset: int, count: int, *, whole: bool = False) 
     cached = pages_cached(file.fd, offset, end - offset)
     pages = -(-end // PAGE) - offset // PAGE
     if cached is not None and cached >= pages:
-        residency.warm_from, residency.warm_to = offset, end
+        residency.found(offset, end, time.monotonic() + _FRESH)
         return count
     try:
         for at in (offset, end - 1):
@@ -107,10 +112,8 @@ def warm_count(file: OpenFile, offset: int, count: int, *, whole: bool = False) 
         return count
     except FileCold:
         raise FileCold(file, offset) from None
-    if residency.asks:
-        if cached is not None:
-            raise FileCold(file, offset)
-        residency.warm_from, residency.warm_to = offset, end
+    if cached is not None and residency.asks:
+        raise FileCold(file, offset)
     return count
 
 

@@ -63,8 +63,11 @@ class Budgets:
             self.control.earn(count)
             self.windows.earn(2 * count)
 
-    def exchanged(self, count: int) -> None:
-        """Both at once, for responses of one DATA frame each."""
-        for bucket, amount in ((self.windows, 4 * count), (self.control, count), (self.resets, count)):
-            if bucket.left >= 0:
-                bucket.earn(amount)
+    def exchanged(self, payload: int, frames: int, count: int) -> None:
+        """Both at once: so many responses went out whole."""
+        if self.windows.left >= 0:
+            self.windows.earn(2 * frames + payload / 1_024 + 2 * count)
+        if self.control.left >= 0:
+            self.control.earn(payload / 16_384 + count)
+        if self.resets.left >= 0:
+            self.resets.earn(count)

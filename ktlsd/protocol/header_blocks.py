@@ -106,7 +106,20 @@ def _string(block: bytes, at: int, *, secret: bool = False) -> tuple[bytes, int]
     return text, end
 
 
-_huffman = lru_cache(maxsize=2_048)(decode_huffman)  # the same names, paths and user agents on all connections
+def _huffman(text: bytes) -> bytes:
+    """Return what a string says; it is remembered, but for signatures."""
+    said = _decoded.get(text)
+    if said is None:
+        said = decode_huffman(text)
+        if b"signature=" not in said:
+            if len(_decoded) >= _REMEMBERED:
+                _decoded.clear()
+            _decoded[text] = said
+    return said
+
+
+_decoded: dict[bytes, bytes] = {}  # the same names, paths and user agents on all connections
+_REMEMBERED: Final = 2_048
 
 
 # --- responses -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import re
 from typing import Final, NamedTuple
 
 from ktlsd.errors import RequestError
-from ktlsd.protocol.messages import SECRET_FIELDS, Response, reason_phrase
+from ktlsd.protocol.messages import Response, holds_secret, reason_phrase
 
 END: Final = b"Connection: close\r\n"  # of a response's head, behind which the connection ends
 MAX_REQUEST_LINE: Final = 8_192  # bytes; longer is 414
@@ -113,7 +113,7 @@ def understand(head: bytes) -> Understood:
     persistent = b"close" not in options and (not http10 or b"keep-alive" in options)
     body = values if b"content-length" in values or b"transfer-encoding" in values else None
     made = Understood(method.decode("ascii"), target, host, headers, http10, persistent, values.get(b"expect"), body)
-    if len(head) <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(values) and b"signature=" not in target:
+    if len(head) <= _REMEMBERED_MAX and not holds_secret(headers, target):
         if len(_understood) >= _REMEMBERED:
             _understood.clear()
         _understood[head] = made

@@ -345,15 +345,15 @@ class Http2Connection:
             block = FORGET_TABLE + block
         self._output.respond(stream, response, block)
 
-    def answered(self, asked: Asked, payload: int, now: float) -> bool:
-        """What `known` read while it was `at_rest` has been answered, with so many bytes of DATA; whether it still is."""
+    def answered(self, asked: Asked, payload: int, frames: int, now: float) -> bool:
+        """What `known` read while `at_rest` has been answered, with so much DATA in so many frames; whether it still rests."""
         count = len(asked.ids)
         self._engine.exchange(asked.ids, payload, asked.credit)
         self._left -= count
         self._output.progress += count
         if asked.updates and not self._budgets.windows.spend(now, asked.updates):
             self._end(Http2Error("ENHANCE_YOUR_CALM", "flood of WINDOW_UPDATE frames"))
-        self._budgets.exchanged(count)
+        self._budgets.exchanged(payload, frames, count)
         return self.fault is None and self._left > wire.MAX_STREAMS
 
     def next_output(self, budget: int) -> Sequence[Outgoing]:

@@ -11,7 +11,7 @@ from ktlsd.errors import RequestError
 from ktlsd.protocol.engine import MAX_HEADER_LIST
 from ktlsd.protocol.header_blocks import HeaderList
 from ktlsd.protocol.http1_syntax import HOST, MAX_FIELDS
-from ktlsd.protocol.messages import SECRET_FIELDS, Request
+from ktlsd.protocol.messages import SECRET_FIELDS, Request, holds_secret
 
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE: Final = re.compile(rb"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")
@@ -48,7 +48,7 @@ def request_of(headers: HeaderList, stream_id: int, *, whole: bool = True) -> tu
     known = _understood.get(key)
     if known is None:
         known, size = _understand(headers)
-        if size <= _REMEMBERED_MAX and SECRET_FIELDS.isdisjoint(name for name, _ in key) and b"signature=" not in known.target:
+        if size <= _REMEMBERED_MAX and not holds_secret(key):
             if len(_understood) >= _REMEMBERED:
                 _understood.clear()
             _understood[key] = known

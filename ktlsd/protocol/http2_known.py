@@ -13,10 +13,12 @@ from ktlsd.protocol import engine as wire
 from ktlsd.protocol.engine import Engine, frame_header
 from ktlsd.protocol.header_blocks import peek_block
 from ktlsd.protocol.http2_input import LAST_STREAM, MAX_FRAME
-from ktlsd.protocol.messages import SECRET_FIELDS, Fields
+from ktlsd.protocol.messages import Fields, holds_secret
 
 _WHOLE: Final = wire.END_STREAM | wire.END_HEADERS
-_REMEMBERED: Final = 4  # blocks; most clients say the same all the time, and idle connections are to be small
+_REMEMBERED: Final = 2  # blocks; most clients say the same all the time, and idle connections are to be small:
+_SHORT: Final = 256  # bytes of a block,
+_SHORT_LIST: Final = 1_024  # and of what it says (RFC 9113 §6.5.2)
 
 
 class Asked(NamedTuple):
@@ -84,15 +86,16 @@ class Known:
         entries = decoder.header_table.dynamic_entries
         newest = entries[0] if entries else None
         if newest is not self._newest or len(entries) != self._entries:  # every change shows in one of them
-            self._newest, self._entries = newest, len(entries)
             self._blocks.clear()
+            self._newest, self._entries = newest, len(entries)
         fields = self._blocks.get(block)
         if fields is None:
             listed = peek_block(decoder, block)
             if listed is None:
                 return None
             fields = tuple(listed)
-            if not SECRET_FIELDS.isdisjoint(name for name, _ in fields):
+            large = len(block) > _SHORT or sum([len(name) + len(value) + 32 for name, value in fields]) > _SHORT_LIST
+            if large or holds_secret(fields) or (newest is not None and holds_secret((newest,))):
                 return fields
             if len(self._blocks) >= _REMEMBERED:
                 self._blocks.clear()

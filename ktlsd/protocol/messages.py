@@ -1,5 +1,6 @@
 """A request as it was understood, a response before it has a form on the wire; the same for every version of HTTP."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final, Protocol
@@ -10,6 +11,13 @@ from ktlsd.slices import FileSlice, Segment
 Headers = list[tuple[bytes, bytes]]
 Fields = tuple[tuple[bytes, bytes], ...]  # as they came; :method and the like among them
 SECRET_FIELDS: Final = frozenset((b"authorization", b"cookie", b"proxy-authorization"))  # a request with one is not remembered
+
+
+def holds_secret(fields: Iterable[tuple[bytes, bytes]], target: bytes = b"") -> bool:
+    """Whether a request with these fields and this target (or :path) must not be remembered: who reads memory could use it."""
+    if b"signature=" in target:
+        return True
+    return any(name in SECRET_FIELDS or (name == b":path" and b"signature=" in value) for name, value in fields)
 
 
 @dataclass(frozen=True, slots=True)

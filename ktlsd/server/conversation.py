@@ -127,7 +127,7 @@ class Conversation:
                     self._ledger.answered(each.request, each.body_bytes, self._channel, now)
                 if answers:  # not for windows alone
                     self._patience.rested(now)
-                self.rests = http.answered(asked, sum(sizes), now)
+                self.rests = http.answered(asked, sum(sizes), sum([len(each.frames) - 2 for each in answers]), now)
                 return len(wire)
         self._understand(data, now)
         self.rests = False

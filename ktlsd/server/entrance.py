@@ -226,6 +226,8 @@ class Entrance:
     def _out_of_descriptors(self, now: float, why: str) -> None:
         """Descriptors or memory ran out: new clients wait in the backlog; asking on would only spin."""
         self._metrics.count("accept_paused:descriptors")
+        for door in self._doors.values():
+            door.services.responder.close()  # what is only kept gives way
         if self._metrics.counters["accept_paused:descriptors"] == 1:
             _log.warning("cannot accept: %s; new clients wait. Raise LimitNOFILE or lower limits.connections", why)
         self._pause(now + _PAUSE)

@@ -37,7 +37,7 @@ from ktlsd.server.contexts import (
     read_pair,
 )
 from ktlsd.server.entrance import Door, Membership
-from ktlsd.server.hot import HotResponses
+from ktlsd.server.hot import ENTRIES, HotResponses
 from ktlsd.server.metrics import Metrics
 from ktlsd.server.responder import Redirector, Responder
 from ktlsd.server.services import Services
@@ -215,7 +215,12 @@ def _raise_limits(settings: Settings) -> None:
 
 def descriptors_wanted(settings: Settings) -> int:
     """Return how many descriptors a worker may need."""
-    return 2 * settings.limits.connections + _SPARE_DESCRIPTORS
+    return 2 * settings.limits.connections + ENTRIES + _SPARE_DESCRIPTORS
+
+
+def downloads_with(descriptors: int) -> int:
+    """Return for how many downloads at a time so many descriptors are enough."""
+    return max((descriptors - min(ENTRIES, descriptors // 8) - _SPARE_DESCRIPTORS) // 2, 0)
 
 
 def _shape(settings: Settings) -> object:

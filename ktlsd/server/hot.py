@@ -19,21 +19,22 @@ from ktlsd.net.gather import gather
 from ktlsd.protocol.header_blocks import block_of
 from ktlsd.protocol.http1_syntax import END, write_head
 from ktlsd.protocol.http2_known import prepare
-from ktlsd.protocol.messages import SECRET_FIELDS, Headers, Refused, Request, Response
+from ktlsd.protocol.messages import Headers, Refused, Request, Response, holds_secret
 from ktlsd.protocol.semantics import http_date
 from ktlsd.server.later import Later
+from ktlsd.server.process import descriptor_limit
 from ktlsd.server.services import Answers, Form, Known
 from ktlsd.slices import FileSlice, OpenFile
 
 HOT_MAX: Final = 64_000  # bytes of a file whose contents are kept: with its header it goes out in one step
 _FOR: Final = 1.0  # seconds until it is looked for anew
 _SETTLED: Final = 0.1  # seconds since the last change: two changes within a tick of the file system's clock look like one
-_ENTRIES: Final = 512  # each has a descriptor
+ENTRIES: Final = 512  # each has a descriptor; no more than one in eight that the process may have
 _MEMORY: Final = 16 << 20  # bytes
 _SEEN: Final = 4_096
 _KEY_MAX: Final = 1_024  # bytes of a request,
 _HEADERS_MAX: Final = 8_192  # bytes of an answer's: with HTTP/2 they go in one frame
-_DATA_MAX: Final = 1_536  # and as it came by HTTP/1.1
+_DATA_MAX: Final = 1_536  # and as it came
 
 Key = tuple[str, bytes, bytes, tuple[tuple[bytes, bytes], ...]]
 
@@ -75,6 +76,7 @@ class HotResponses(Answers):
 
     def __init__(self, responder: Answers) -> None:
         self._responder = responder
+        self._most = min(ENTRIES, descriptor_limit() // 8)
         self._hot: OrderedDict[Key, _Hot] = OrderedDict()
         self._seen: set[int] = set()  # hashes of what was asked for once
         self._bytes = 0
@@ -104,7 +106,7 @@ class HotResponses(Answers):
 
     def recognise(self, form: Form, request: Request | Refused, end: bytes = b"") -> None:
         """Say that this request came in this form, and with what its answer's head ends by HTTP/1.1."""
-        if isinstance(form, bytes) and len(form) > _DATA_MAX:
+        if (len(form) if isinstance(form, bytes) else sum([len(name) + len(value) for name, value in form])) > _DATA_MAX:
             return
         hot = self._hot.get(_key(request)) if isinstance(request, Request) else None
         if isinstance(request, Request) and hot is not None and hot.body is not None and not hot.form:
@@ -124,6 +126,9 @@ class HotResponses(Answers):
                 return hot.response(self._wall(now))
             self._forget(key)
         response = self._responder.respond(request, now)
+        if isinstance(response, Response) and response.status == 503 and self._hot:
+            self.close()  # descriptors have run out, perhaps: those that are only kept are the first to go
+            response = self._responder.respond(request, now)
         if isinstance(response, Response) and response.reusable:
             self._remember(key, response, now)
         return response
@@ -148,7 +153,7 @@ class HotResponses(Answers):
             return
         if len(key[1]) + sum(len(name) + len(value) for name, value in key[3]) > _KEY_MAX:
             return
-        if not SECRET_FIELDS.isdisjoint(name for name, _ in key[3]):
+        if holds_secret(key[3], key[1]):
             return
         if sum(len(name) + len(value) for name, value in response.headers) > _HEADERS_MAX:
             return
@@ -161,7 +166,7 @@ class HotResponses(Answers):
         headers = response.headers[1:]
         self._hot[key] = _Hot(part.file.hold(), body, part.offset, part.length, headers, now + _FOR, 0.0)
         self._bytes += 2 * len(body or b"")  # the answer, ready, is another copy
-        while self._bytes > _MEMORY or len(self._hot) > _ENTRIES:
+        while self._bytes > _MEMORY or len(self._hot) > self._most:
             self._forget(next(iter(self._hot)))
 
     def _forget(self, key: Key) -> None:
@@ -171,7 +176,7 @@ class HotResponses(Answers):
         hot.file.release()
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Let go of everything that is kept."""
         for key in list(self._hot):
             self._forget(key)
 
@@ -191,5 +196,8 @@ def _read(part: FileSlice) -> bytes | None:
 
 def _unchanged(file: OpenFile) -> bool:
     """Whether nothing has happened to the inode: not to its contents, its rights, nor its names."""
-    facts = os.fstat(file.fd)
+    try:
+        facts = os.fstat(file.fd)
+    except OSError:  # ESTALE: who opens it anew finds out
+        return False
     return facts.st_ctime_ns == file.ctime_ns and facts.st_size == file.size and facts.st_nlink > 0

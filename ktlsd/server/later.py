@@ -60,7 +60,7 @@ def read_ahead(cold: FileCold) -> Later:
         return True
 
     def done(result: bool | None) -> None:
-        residency.warm_from, residency.warm_to = offset, end
+        residency.found(offset, end, float("inf"))
         residency.asks = residency.asks and bool(result)  # if it can't be read, who sends it gets the error
         if took < _QUICK:
             residency.window = min(residency.window * 2, _WINDOW_MAX)

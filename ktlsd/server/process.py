@@ -25,6 +25,12 @@ def raise_descriptor_limit(wanted: int) -> int:
     return soft
 
 
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 30 if soft == resource.RLIM_INFINITY else soft
+
+
 def processors() -> int:
     """Return how many processors this process may use: its affinity, and its container's share of time, rounded up."""
     allowed = len(os.sched_getaffinity(0))

@@ -43,6 +43,10 @@ class Answers(Protocol):
         """Return the answer to a request that came before in this very form, if that is still right."""
         return None
 
+    def close(self) -> None:
+        """Let go of everything that is only kept to be quicker."""
+        return
+
     def sweep(self, now: float) -> None:
         """Let go of what is kept and not right any more; called once a second."""
         return

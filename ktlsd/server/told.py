@@ -11,7 +11,7 @@ from ktlsd.net.channel import HandoverPolicy
 from ktlsd.net.listeners import Listener
 from ktlsd.server import sandbox
 from ktlsd.server.contexts import expiry_of
-from ktlsd.server.generation import Generation, descriptors_wanted
+from ktlsd.server.generation import Generation, descriptors_wanted, downloads_with
 from ktlsd.server.sites import Sites
 from ktlsd.settings import Settings
 
@@ -106,5 +106,5 @@ def _limits(settings: Settings) -> list[str]:
     have = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if have == resource.RLIM_INFINITY or have >= wanted:
         return []
-    enough = settings.limits.connections - (wanted - have) // 2
+    enough = downloads_with(have)
     return [f"  limits       {have} descriptors are enough for about {enough} downloads at a time (ulimit -n, LimitNOFILE)"]

@@ -81,7 +81,7 @@ class Session:
         self.established = False
         self.peer_closed = False
         self.key_updates = 0  # how many the peer has sent
-        self.may_have_logged = True  # TLS 1.3: whether there may have been a KeyUpdate in what was decrypted last
+        self.may_have_logged = True  # whether there may have been a KeyUpdate in what was decrypted last
         self.version = 0  # uapi's number once established, 0 for one the kernel doesn't know
         self.suite: Suite | None = None
 
@@ -199,6 +199,7 @@ class Session:
         Raises RecordError, UnexpectedMessage or PeerAlert; OpenSSL's own alert is in `farewell` and only of use in
         userspace mode.
         """
+        self.may_have_logged = True
         came = -1
         if self._aligned:
             came = application_bytes(ciphertext)
@@ -277,7 +278,7 @@ class Session:
     def keep_keys(self) -> None:
         """Say that its keys will never be exported: from now on it doesn't know its secret, nor count records."""
         self._counts, self._secret = False, None
-        self._aligned, self.may_have_logged = False, True  # its context may go on logging, for others' sake
+        self._aligned = False  # its context may go on logging, for others' sake: nothing is left out
 
     @property
     def exportable(self) -> bool:

@@ -209,6 +209,21 @@ def test_a_stretch_is_looked_through_once_however_little_goes_at_a_time(root, mo
         at += min(gather.warm_count(file, at, 1 << 20), 100_000)
     assert asked == [(0, 1 << 20), (1 << 20, 1 << 20), (2 << 20, 1 << 20)]
     assert gather.warm_count(file, SIZE, 100) == 100, "who sends it finds out"
+    asked.clear()
+    assert gather.warm_count(file, 0, 1 << 20) == 1 << 20
+    monkeypatch.setattr(gather, "_FRESH", 0.0)
+    assert gather.warm_count(file, 0, 1 << 20) == 1 << 20
+    file.residency.until = 0.0
+    gather.warm_count(file, 5, 1 << 20)
+    assert len(asked) == 2, "a second later they may have been taken out of memory"
+    monkeypatch.setattr(gather, "pages_cached", lambda *_: None)  # a kernel before 6.5, or somebody else's file
+    fresh = OpenFile(os.open(root / "cold", os.O_RDONLY), SIZE, 0)
+    looked = []
+    monkeypatch.setattr(gather, "_preadv", lambda _, __, at, ___: looked.append(at) or 1)
+    for at in (0, 100_000, 200_000):
+        gather.warm_count(fresh, at, 1 << 20)
+    assert len(looked) == 6, "the ends say nothing of the middle: they are looked at each time"
+    fresh.release()
     file.release()
 
 

@@ -1,9 +1,12 @@
 """Clients that speak TLS in odd or hostile ways: key updates, forged records, alerts, what must reach them all the same."""
 
+import array
+import fcntl
 import random
 import socket
 import ssl
 import subprocess
+import termios
 import time
 
 import pytest
@@ -136,6 +139,35 @@ def test_several_key_updates_in_one_read_before_the_hand_over(root, count, first
             peer.ask(b"/big")
             assert peer.body(len(CONTENT)) == CONTENT
             peer.sock.close()
+
+
+@pytest.mark.parametrize("ending", ["forged", "alert", "nothing", "close"])
+def test_no_line_of_the_key_log_stays_in_its_pipe(root, ending):
+    """600 KeyUpdates log 111 KB, and a pipe that is full blocks OpenSSL, and with it the worker."""
+    with ThreadServer(root, FakeKernel(), handover_bytes=1 << 30) as server:
+        victim = Client(server.port)
+        for _ in range(3):
+            peer = Peer(server.port)
+            peer.ask(b"/small.txt")
+            assert peer.body(5) == b"small"
+            whole = _Recorder(peer.tls)
+            for _ in range(600):
+                peer.update(requested=False)
+            data = whole.stop()
+            if ending == "forged":
+                data += b"\x17\x03\x03\x00\x20" + bytes(32)
+            elif ending == "alert":
+                data += b"\x15\x03\x03\x00\x02\x02\x28"
+            peer.sock.sendall(data)
+            if ending == "close":
+                peer.sock.shutdown(socket.SHUT_WR)
+            time.sleep(0.1)
+            assert victim.get("/small.txt").body == b"small"
+            left = array.array("i", [0])
+            fcntl.ioctl(server.worker._keylog._read, termios.FIONREAD, left)
+            assert left[0] == 0
+            peer.sock.close()
+        victim.close()
 
 
 def test_the_key_log_is_looked_at_when_something_else_than_requests_came(root, monkeypatch):

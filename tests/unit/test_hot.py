@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from hpack import Decoder, Encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktlsd.errors import RequestError
 from ktlsd.protocol import header_blocks, http1_syntax, http2_fields
 from ktlsd.protocol.header_blocks import decode_block
 from ktlsd.protocol.http1 import Http1Connection
@@ -156,7 +158,7 @@ def test_what_not_everybody_may_have_is_never_kept(tmp_path, monkeypatch, lock):
 
 
 def test_it_holds_no_more_files_and_bytes_than_it_may(world, monkeypatch):
-    monkeypatch.setattr(module, "_ENTRIES", 4)
+    world.hot._most = 4
     for number in range(10):
         (world.folder / f"{number}").write_bytes(b"x" * 1_000)
     for _ in range(2):
@@ -175,6 +177,31 @@ def test_it_holds_no_more_files_and_bytes_than_it_may(world, monkeypatch):
         if number > 100:
             break
     assert len(world.hot._seen) <= 4_096
+
+
+def test_it_keeps_no_more_files_open_than_a_share_of_what_may_be(monkeypatch, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        assert HotResponses(Responder(Sites(Settings(root=str(tmp_path)))))._most == 32
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_is_kept_gives_way_when_descriptors_run_out(world, monkeypatch):
+    warm(world)
+    asked = []
+    real = world.hot._responder.respond
+
+    def out_of_descriptors(request, now):
+        asked.append(len(world.hot._hot))
+        if world.hot._hot:
+            return world.hot._responder.refuse(request, RequestError(503, "The server is at its limit."))
+        return real(request, now)
+
+    monkeypatch.setattr(world.hot._responder, "respond", out_of_descriptors)
+    assert world.hot.respond(Request("GET", b"/other", b"localhost", (), "HTTP/1.1", 1), time.monotonic()).status == 404
+    assert asked == [1, 0]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -346,7 +373,7 @@ def test_nothing_remembers_a_secret(world, field):
     assert not world.hot._hot
     memory = [http1_syntax._understood, http2_fields._understood, world.hot._by_form, world.hot._hot]
     assert secret not in repr(memory).encode()
-    before = http2_fields._wrong.cache_info().currsize, header_blocks._huffman.cache_info().currsize
+    before = http2_fields._wrong.cache_info().currsize, len(header_blocks._decoded)
     another = Encoder().encode([*fields[:4], (field.lower(), secret[::-1])])
     http2_fields.request_of(decode_block(Decoder(), another), 1)
-    assert (http2_fields._wrong.cache_info().currsize, header_blocks._huffman.cache_info().currsize) == before
+    assert (http2_fields._wrong.cache_info().currsize, len(header_blocks._decoded)) == before

@@ -9,6 +9,7 @@ from hyperframe.frame import DataFrame, HeadersFrame, PingFrame
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ktlsd.protocol import header_blocks, http2_fields
 from ktlsd.protocol.header_blocks import block_of, decode_block, peek_block
 from ktlsd.protocol.http2_known import prepare
 from ktlsd.protocol.messages import Request, Response
@@ -49,7 +50,7 @@ class Peer(RawPeer):
                     out = self.http.known.write(asked, sizes, frames, 200_000)
                     if out is not None:
                         self.short += 1
-                        rests = self.http.answered(asked, sum(sizes), self.now)
+                        rests = self.http.answered(asked, sum(sizes), sum(len(each) - 2 for each in frames), self.now)
                         assert rests == self.http.at_rest
                         return self.take(out) + self.read()
             assert state(self.http._engine) == before, "who only looks changes nothing"
@@ -87,6 +88,11 @@ def steps():
                                                          "old", "itself", "content", "goaway", "continued", "priority",
                                                          "unknown"]))  # fmt: skip
     return st.lists(st.one_of(ask, ask, window, other), max_size=14)
+
+
+def allowances(peer):
+    budgets = peer.http._budgets
+    return [each.left for each in (budgets.windows, budgets.control, budgets.resets)]
 
 
 class Client:
@@ -163,6 +169,7 @@ def test_the_short_way_says_and_leaves_what_the_long_way_would(todo):
         assert told(short) == told(long)
         assert (short.http.fault is None) == (long.http.fault is None)
         assert state(short.http._engine) == state(long.http._engine)
+        assert allowances(short) == pytest.approx(allowances(long), abs=3), "honest work earns the same on either way"
         assert short.http.at_rest == long.http.at_rest
         assert len(short.http._early) == len(long.http._early)
 
@@ -304,9 +311,39 @@ def test_what_continues_something_else_is_no_request():
     say(client.ask("/small")[:2], client.ask("/small"))
 
 
-def test_a_secret_is_not_remembered():
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/small", ("authorization", "Basic " + os.urandom(9).hex())),
+        ("/small?expires=9999999999&signature=" + os.urandom(9).hex(), ("x-own", "1")),
+    ],
+)
+def test_a_secret_is_not_remembered(path, field):
     client, short = Client(), Peer(short=True)
-    secret = [("authorization", "Basic " + os.urandom(9).hex())]
     for _ in range(4):
-        short.send(client.ask("/small", fields=secret))
-    assert secret[0][1] not in repr(short.http.known._blocks)
+        short.send(client.ask(path, fields=[field]))
+    secret = path.partition("signature=")[2] or field[1]
+    assert secret not in repr(short.http.known._blocks) + repr(header_blocks._decoded) + repr(http2_fields._understood)
+    assert secret not in repr(short.http.known._newest) or not short.http.known._blocks
+
+
+@pytest.mark.parametrize("size", [300, 5_000, 15_000])
+def test_long_blocks_are_not_remembered(size):
+    client, short = Client(), Peer(short=True)
+    for _ in range(4):
+        short.send(client.ask("/small", fields=[("x-long", "v" * size)]))
+        block = b"\x82\x84\x87" + b"\x81" * size  # short strings, many of them
+        short.send(raw(1, 5, client.next, block))
+        client.next += 2
+    assert sum(map(len, short.http.known._blocks)) < 1_000
+    assert sum(len(fields) for fields in short.http.known._blocks.values()) < 70
+
+
+def test_windows_said_in_small_steps_are_honest_work():
+    """A client that takes 60 KB and says so every 4 KiB."""
+    client, short = Client(), Peer(short=True)
+    short.send(raw(4, 0, 0, b"\0\4" + (1 << 20).to_bytes(4, "big")), raw(8, 0, 0, (1 << 20).to_bytes(4, "big")))
+    for _ in range(600):
+        short.send(client.ask("/large") + raw(8, 0, 0, (4_096).to_bytes(4, "big")) * 10)
+    assert short.goaway is None
+    assert short.short > 500
