@@ -20,7 +20,7 @@ from ktlsd.server.services import Services
 from ktlsd.server.waker import NEVER
 
 _log = logging.getLogger("ktlsd")
-_BURST: Final = 64  # connections taken before the others have their turn
+_BURST: Final = 16  # connections taken before the others have their turn: a few milliseconds of handshakes
 _FEW: Final = 4  # the same where other workers would take them too
 _PAUSE: Final = 0.5  # seconds without accepting after descriptors ran out
 _FRESH: Final = 3.0  # seconds after its last sign of life that a worker counts as stuck

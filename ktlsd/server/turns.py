@@ -72,6 +72,12 @@ class Turns(Generic[_W]):
             source.in_line = False
         return source
 
+    def rest(self, client: bytes) -> None:
+        """Have this client wait behind the others."""
+        line = self._lines.pop(client, None)
+        if line is not None:
+            self._lines[client] = line
+
     @staticmethod
     def quota() -> int:
         """Return how much a client may spend in a round (bytes)."""

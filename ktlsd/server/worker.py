@@ -35,6 +35,7 @@ from ktlsd.tls.session import Session
 _log = logging.getLogger("ktlsd")
 _NOT_BLAMED: Final = 2  # times limits.min_rate: nobody is held back so far that it would be cut for it
 _FEW: Final = 64  # connections: when no more have something to do, what is known is answered without asking whose turn it is
+_ROUND: Final = 0.005  # seconds after which a round ends with the turn that is on: nobody waits longer to be seen
 BEAT: Final = 1.0  # seconds between signs of life
 
 
@@ -99,14 +100,17 @@ class Worker:
                         self._welcome(new, now)
                 else:
                     self._woken(event, now)
+            until = now + _ROUND
             for client in self._turns.clients():
-                self._let(client, now)
+                self._let(client, now, until)
+                if time.monotonic() >= until:
+                    break  # to see who has come meanwhile; the others are the first in the next round
             self._clock(now)
             self._services.access_log.flush()
         self._close()
 
-    def _let(self, client: bytes, now: float) -> None:
-        """Have one client's connections do what they have to, as much as is its share of this round."""
+    def _let(self, client: bytes, now: float, until: float) -> None:
+        """Have one client's connections do what they have to, as much as is its share of this round, and not beyond `until`."""
         quota = self._turns.quota()
         while quota > 0:
             connection = self._turns.take(client)
@@ -119,6 +123,9 @@ class Worker:
                 if self._shares is not None and spent:
                     self._shares.sent(client, connection.fileno(), spent)
             quota -= self._turns.cost(spent)
+            if time.monotonic() >= until:
+                break
+        self._turns.rest(client)
 
     def _answer_known(self, connection: Connection, now: float) -> int | None:
         """Take the short way, if that is all: return how many bytes were sent. None: `_pump` has to follow.

@@ -108,6 +108,23 @@ def test_small_things_of_one_client_are_done_in_one_round():
     assert not turns
 
 
+def test_who_had_a_turn_when_the_round_was_cut_short_stands_behind_the_others():
+    turns = Turns()
+    for fd in range(3):
+        turns.add(b"crawler", Source(fd))
+        turns.add(b"one", Source(100 + fd))
+        turns.add(b"two", Source(200 + fd))
+    seen = []
+    while turns:
+        client = turns.clients()[0]  # a round ends after the first
+        seen.append(turns.take(client).fd)
+        turns.rest(client)
+        if not turns._lines[client].news and not turns._lines[client].going:
+            assert turns.take(client) is None
+            turns.rest(client)
+    assert seen == [0, 100, 200, 1, 101, 201, 2, 102, 202]
+
+
 def test_a_connection_stands_in_line_once_and_again_after_its_turn():
     turns, source = Turns(), Source(1)
     turns.add(b"one", source)
