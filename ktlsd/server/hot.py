@@ -22,7 +22,7 @@ from ktlsd.protocol.http2_known import prepare
 from ktlsd.protocol.messages import Headers, Refused, Request, Response, holds_secret
 from ktlsd.protocol.semantics import http_date
 from ktlsd.server.later import Later
-from ktlsd.server.process import descriptor_limit
+from ktlsd.server.process import descriptor_limit, out_of_descriptors
 from ktlsd.server.services import Answers, Form, Known
 from ktlsd.slices import FileSlice, OpenFile
 
@@ -126,8 +126,8 @@ class HotResponses(Answers):
                 return hot.response(self._wall(now))
             self._forget(key)
         response = self._responder.respond(request, now)
-        if isinstance(response, Response) and response.status == 503 and self._hot:
-            self.close()  # descriptors have run out, perhaps: those that are only kept are the first to go
+        if isinstance(response, Response) and response.status == 503 and self._hot and out_of_descriptors():
+            self.close()  # those that are only kept are the first to go
             response = self._responder.respond(request, now)
         if isinstance(response, Response) and response.reusable:
             self._remember(key, response, now)

@@ -31,6 +31,15 @@ def descriptor_limit() -> int:
     return 1 << 30 if soft == resource.RLIM_INFINITY else soft
 
 
+def out_of_descriptors() -> bool:
+    """Whether not a single one more is to be had."""
+    try:
+        os.close(os.dup(2))
+    except OSError:
+        return True
+    return False
+
+
 def processors() -> int:
     """Return how many processors this process may use: its affinity, and its container's share of time, rounded up."""
     allowed = len(os.sched_getaffinity(0))

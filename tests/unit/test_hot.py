@@ -200,7 +200,12 @@ def test_what_is_kept_gives_way_when_descriptors_run_out(world, monkeypatch):
         return real(request, now)
 
     monkeypatch.setattr(world.hot._responder, "respond", out_of_descriptors)
-    assert world.hot.respond(Request("GET", b"/other", b"localhost", (), "HTTP/1.1", 1), time.monotonic()).status == 404
+    other = Request("GET", b"/other", b"localhost", (), "HTTP/1.1", 1)
+    assert world.hot.respond(other, time.monotonic()).status == 503, "for another reason"
+    assert len(world.hot._hot) == 1
+    monkeypatch.setattr(module, "out_of_descriptors", lambda: True)
+    asked.clear()
+    assert world.hot.respond(other, time.monotonic()).status == 404
     assert asked == [1, 0]
 
 
