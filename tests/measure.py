@@ -2,6 +2,7 @@
 
     python tests/measure.py cost      kernel mode (where the kernel has TLS) and userspace mode
     python tests/measure.py sendall   userspace mode against SSLSocket.sendall over a mapping of the same file
+    python tests/measure.py share     the same server in the clear, by kernel TLS and in userspace mode, over HTTP/1.1
     python tests/measure.py http2     HTTP/2 in each mode and framing, HTTP/1.1, and nginx, one stream or `--streams`
 
 The client does the handshake, then discards ciphertext in the kernel (recv with MSG_TRUNC): it is not the bottleneck. Both
@@ -84,6 +85,47 @@ def download(port: int, target: str = "/big") -> tuple[int, float]:
             while count := len(_discard(raw)):
                 taken += count
         return taken, time.monotonic() - start
+
+
+def download_plain(port: int, target: str = "/big") -> tuple[int, float]:
+    """The same in the clear."""
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        start = time.monotonic()
+        sock.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        taken = 0
+        while count := len(_discard(sock)):
+            taken += count
+        return taken, time.monotonic() - start
+
+
+def share(size: int, rounds: int) -> None:
+    """Print what encryption leaves of the throughput in the clear, by one and the same server: medians of pairs."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        clear = free.getsockname()[1]
+    with served(size) as folder, ExitStack() as stack:
+        (folder / "clear.toml").write_text(f'[[http]]\nlisten = ["127.0.0.1:{clear}"]\naction = "serve"\n')
+        own = ("--cert", "cert.pem", "--key", "key.pem", "--workers", "1")
+        both = stack.enter_context(program("root", *own, "--config", "clear.toml", cwd=folder))
+        kernel = "in the kernel" in "".join(both.told)
+        asked: dict[str, Callable[[], tuple[int, float]]] = {"in the clear": lambda: download_plain(clear)}
+        if kernel:
+            asked["kernel mode"] = lambda: download(both.port)
+        off = stack.enter_context(serve(folder, "off"))
+        asked["userspace mode"] = lambda: download(off.port)
+        found: dict[str, list[float]] = {name: [] for name in asked}
+        for number in range(rounds + 1):
+            for name in list(asked) if number % 2 else reversed(asked):
+                taken, seconds = asked[name]()
+                assert taken > size
+                if number:  # the first warms up
+                    found[name].append(seconds)
+        for name, times in found.items():
+            ratios = sorted(b / t for b, t in zip(found["in the clear"], times, strict=True))
+            speed = size / statistics.median(times) / 1e6
+            print(f"{name:>15}: {statistics.median(ratios):.2f} of it ({ratios[0]:.2f} to {ratios[-1]:.2f}), {speed:,.0f} MB/s")
+        if kernel:
+            gains = sorted(b / a for a, b in zip(found["kernel mode"], found["userspace mode"], strict=True))
+            print(f"kernel mode over userspace mode: {statistics.median(gains):.2f} ({gains[0]:.2f} to {gains[-1]:.2f})")
 
 
 _sink = bytearray(1 << 20)
@@ -292,7 +334,7 @@ def http2(size: int, rounds: int, streams: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "sendall", "http2"])
+    parser.add_argument("what", choices=["cost", "sendall", "share", "http2"])
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--streams", type=int, default=1)
@@ -300,4 +342,4 @@ if __name__ == "__main__":
     if asked.what == "http2":
         http2(asked.mib << 20, asked.rounds, asked.streams)
         raise SystemExit
-    {"cost": cost, "sendall": sendall}[asked.what](asked.mib << 20, asked.rounds)
+    {"cost": cost, "sendall": sendall, "share": share}[asked.what](asked.mib << 20, asked.rounds)
