@@ -34,9 +34,12 @@ class Mapped:
         self.used = True
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap it, or have it unmapped with the last part of it that somebody holds: an error's traceback may."""
         self.view.release()
-        self.mapping.close()
+        try:
+            self.mapping.close()
+        except BufferError:
+            pass
 
 
 class Mappings:

@@ -6,7 +6,6 @@ header, so each of them does to its state exactly what its own method does and l
 (tests/unit/test_engine.py) hold them against h2's own in every sequence.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -14,10 +13,11 @@ from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, ConnectionState, H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import DenialOfServiceError, FlowControlError, FrameTooLargeError, ProtocolError
-from h2.settings import SettingCodes, Settings
+from h2.settings import SettingCodes
 from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 
+from ktlsd.protocol.h2_parts import ClosedStreams, Dispatch, Entries, NoEncoder, OurSettings, PeerSettings
 from ktlsd.protocol.header_blocks import HeaderList, decode_block
 
 MAX_STREAMS: Final = 128  # requests at a time; more are refused, each by itself (RFC 9113 §5.1.2)
@@ -62,50 +62,46 @@ def count_resets(frames: bytes) -> int:
     return count
 
 
-class _Few(list[int]):
-    """One setting's values, those not yet acknowledged behind the one that holds: what h2 needs of a deque, in 72 bytes."""
-
-    __slots__ = ()
-
-    def popleft(self) -> int:
-        """Return the first and forget it."""
-        return self.pop(0)
-
-
-def _shrink(settings: Settings) -> None:
-    """h2 keeps a deque of 760 bytes for each of a dozen settings: half of what an idle connection took."""
-    for code, values in settings._settings.items():
-        settings._settings[code] = _Few(values)  # type: ignore[assignment]  # popleft, append and [0] are all that is used
+# Fields are validated by http2_fields, request by request; h2 would end the whole connection.
+_CONFIG: Final = H2Configuration(
+    client_side=False,
+    header_encoding=None,
+    validate_inbound_headers=False,
+    normalize_inbound_headers=False,
+    validate_outbound_headers=False,
+    normalize_outbound_headers=False,
+)
+_OURS: Final = OurSettings(
+    client=False,
+    initial_values={
+        SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+        SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST,
+        cast(SettingCodes, NO_RFC7540_PRIORITIES): 1,
+    },
+)
 
 
 class Engine(H2Connection):
     """A server's HTTP/2 state. What it wants to say is in `data_to_send`; payloads never are."""
 
-    MAX_CLOSED_STREAMS = 256  # of the latest it is known how they ended; h2's 65,536 would be 10 MB for a peer that hurries
+    _closed_streams: ClosedStreams  # type: ignore[assignment]  # h2 sets and asks, and does nothing else with it
 
     def __init__(self) -> None:
-        # Fields are validated by http2_fields, request by request; h2 would end the whole connection.
-        super().__init__(
-            H2Configuration(
-                client_side=False,
-                header_encoding=None,
-                validate_inbound_headers=False,
-                normalize_inbound_headers=False,
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-            )
-        )
-        self.local_settings = Settings(
-            client=False,
-            initial_values={
-                SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
-                SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST,
-                cast(SettingCodes, NO_RFC7540_PRIORITIES): 1,
-            },
-        )
+        super().__init__(_CONFIG)
+        self.local_settings = _OURS
+        self.remote_settings = PeerSettings()
+        self.encoder = NoEncoder()  # type: ignore[assignment]  # nobody encodes with it
+        self.decoder.header_table.dynamic_entries = Entries()  # type: ignore[assignment]
         self.decoder.max_header_list_size = _HARD_HEADER_LIST
-        for settings in (self.local_settings, self.remote_settings):
-            _shrink(settings)
+        self._closed_streams = ClosedStreams()
+
+    @property  # type: ignore[override]  # h2 sets it once and asks for one kind at a time
+    def _frame_dispatch_table(self) -> Dispatch:
+        return Dispatch(self)
+
+    @_frame_dispatch_table.setter
+    def _frame_dispatch_table(self, table: object) -> None:
+        pass
 
     @property
     def open_inbound_streams(self) -> int:
@@ -118,6 +114,8 @@ class Engine(H2Connection):
         if stream is not None and stream.closed:
             del self.streams[stream_id]
             self._closed_streams[stream_id] = stream.closed_by
+            if not self.streams:
+                self.streams = {}  # an emptied one keeps its room
 
     def window(self, stream_id: int) -> int:
         """How many bytes of payload may be sent on a stream now; less than none after SETTINGS made it smaller."""
@@ -210,12 +208,10 @@ class Engine(H2Connection):
 
         `credit` is what the connection's window has grown by meanwhile. The caller has looked at the windows.
         """
-        closed: OrderedDict[int, StreamClosedBy | None] = self._closed_streams  # type: ignore[assignment]  # it is one
         for stream_id in ids:
-            OrderedDict.__setitem__(closed, stream_id, StreamClosedBy.SEND_END_STREAM)  # its own looks at the size each time
-            self.highest_inbound_stream_id = stream_id
-        while len(closed) > self.MAX_CLOSED_STREAMS:
-            closed.popitem(last=False)
+            self._closed_streams.ended(stream_id)
+        if ids:
+            self.highest_inbound_stream_id = ids[-1]
         self.outbound_flow_control_window += credit - payload
 
     def _input(self, what: ConnectionInputs) -> None:

@@ -5,7 +5,6 @@ every call; only what the channel accepts of it is charged to windows and stream
 stands inside a frame, a WINDOW_UPDATE or a more urgent response counts at once, a stream that is reset takes nothing with it.
 """
 
-from collections import deque
 from typing import Final
 
 from h2.errors import ErrorCodes
@@ -40,7 +39,7 @@ class Output:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._queue: deque[_Unit] = deque()
+        self._queue: list[_Unit] = []  # a deque takes 760 bytes, for every idle connection
         self._plan: list[_Unit] = []
         self._ended: list[Ended] = []
         self.streams: dict[int, Stream] = {}
@@ -275,9 +274,8 @@ class Output:
 
     def sent(self, count: int) -> tuple[int, int, int]:
         """Account for bytes from the front of `next`; return payload bytes, frames and slivers among what was planned."""
-        queue, over = self._queue, []
-        for _ in range(len(queue)):  # what ends here may queue more, which was not offered
-            unit = queue[0]
+        queue, whole = self._queue, 0
+        for unit in queue:
             size = len(unit.segment)
             self.queued -= min(count, size)
             if count < size:
@@ -285,8 +283,10 @@ class Output:
                 count = 0
                 break
             count -= size
-            over.append(queue.popleft())
-        for unit in over:
+            whole += 1
+        over = queue[:whole]
+        del queue[:whole]
+        for unit in over:  # what ends here may queue more, which was not offered
             self._over(unit)
         payload = frames = slivers = 0
         plan, self._plan = self._plan, []
@@ -330,7 +330,7 @@ class Output:
                 segment = segment.first_frame() if segment.gone else b""
             unit.segment, unit.payload = segment, min(len(segment), largest)
         if rest and len(segment):
-            self._queue.appendleft(unit)
+            self._queue.insert(0, unit)
             self.queued += len(segment)
         else:
             self._over(unit)

@@ -3,6 +3,7 @@
 import os
 import random
 from array import array
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -62,6 +63,20 @@ def test_what_is_dropped_stays_until_nobody_can_be_using_it(path, tmp_path, monk
     runs.clear()
     mappings.settle()
     mappings.close()
+
+
+def test_a_mapping_of_which_somebody_holds_a_part_goes_with_that_part(path):
+    mappings = Mappings()
+    files = [opened(path) for _ in range(2)]
+    found = [mappings.of(file) for file in files]
+    part = found[1].view[:10]
+    first = part[0]
+    del found
+    mappings.close()
+    assert part[0] == first
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del part
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_what_is_small_or_unknown_is_not(tmp_path, path):
