@@ -213,15 +213,15 @@ class Channel(PlainChannel):
                 self._renew_keys()
         return sent
 
-    def try_send_whole(self, data: bytes, *, body_bytes: int, last: bool = False) -> bool:
+    def try_send_whole(self, data: bytes, *, body_bytes: int, last: bool = False, hold: bool = False) -> bool:
         """Send a small response in one piece if it goes by userspace and nothing waits; False: nothing was accepted.
 
-        `last`: `try_close` comes next; its close_notify goes along.
+        `last`: `try_close` comes next; its close_notify goes along. `hold`: the next `try_flush` sends it.
         """
         tx = self._tx
         if not isinstance(tx, UserspaceTx) or (not self.why_userspace and body_bytes >= self._policy.handover_bytes):
             return False
-        if not tx.send_whole(data, last=last):
+        if not tx.send_whole(data, last=last, hold=hold):
             return False
         self._payload_left -= len(data)
         if self._payload_left <= 0:

@@ -69,6 +69,7 @@ class PlainChannel:
     """One accepted TCP connection; what it says goes out as it is. The contract is in `net.channel`."""
 
     __slots__ = (
+        "_came",
         "_closing",
         "_ended",
         "_kernel",
@@ -87,6 +88,7 @@ class PlainChannel:
         self._kernel = kernel
         self._tx: UserspaceTx | PlainTx = PlainTx(sock, kernel)
         self._closing = Closing.NO
+        self._came: bytes | None = None  # received by `fetch`, not yet passed on
         self.has_input = True  # the socket may hold input: a call stopped because it had received enough, or was not made yet
         self._ended = False  # TCP's end, or an error, stands behind it
         self._over = False  # and has been read
@@ -112,10 +114,19 @@ class PlainChannel:
         """Return what came; b"" once the peer has ended its direction. None: would block. Raises PeerTruncated."""
         return self._receive()
 
+    def fetch(self) -> None:
+        """Receive now what `try_receive` is going to return. Raises PeerTruncated."""
+        if self.has_input and self._came is None:
+            self._came = self._kernel.receive(self._sock, _RECEIVE)
+
     def _receive(self) -> bytes | None:
         if not self.has_input:
             return None
-        data = self._kernel.receive(self._sock, _RECEIVE)
+        data = self._came
+        if data is None:
+            data = self._kernel.receive(self._sock, _RECEIVE)
+        else:
+            self._came = None
         # A short read has emptied the socket, if not the end stands behind it; whatever comes later is a new edge.
         if data is None or (0 < len(data) < _RECEIVE and not self._ended):
             self.has_input = False
@@ -125,10 +136,10 @@ class PlainChannel:
         """Send from the front of `segments`; return how many bytes were accepted, None if none could be."""
         return self._tx.send(segments)
 
-    def try_send_whole(self, data: bytes, *, body_bytes: int, last: bool = False) -> bool:
+    def try_send_whole(self, data: bytes, *, body_bytes: int, last: bool = False, hold: bool = False) -> bool:
         """Send all of `data`, a response with so much body, if that is sure to go whole; False: nothing was accepted.
 
-        `last`: `try_close` comes next.
+        `last`: `try_close` comes next. `hold`: the next `try_flush` sends it.
         """
         return False
 

@@ -21,6 +21,7 @@ _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
 _BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
 _TAIL: Final = records.MAX_PLAINTEXT  # a rest that is no longer goes along with the last step
 WHOLE_MAX: Final = _BURST_MAX  # bytes that go whole or not at all
+_HELD: Final = 4  # pieces of ciphertext that may wait for the next `flush` before more is held
 _STEPS: Final = 4  # in one call, while the socket takes them
 SCRATCH: Final = 524_288  # bytes
 
@@ -45,7 +46,7 @@ class UserspaceTx:
         self._kernel = kernel
         self._scratch = scratch
         self._unsent: list[bytes | memoryview] = []  # ciphertext that OpenSSL has written and TCP has not taken
-        self._untried = False  # nor been offered: some records that OpenSSL wrote by itself, which go along with what follows
+        self._untried = False  # nor been offered: records of OpenSSL's own, or a response, which go along with what follows
         self._burst = _BURST_MIN
         self._notified = False
 
@@ -79,24 +80,31 @@ class UserspaceTx:
             self._burst = min(self._burst * 2, _BURST_MAX)
         return accepted
 
-    def send_whole(self, data: bytes, *, last: bool = False) -> bool:
-        """Encrypt and send all of it, or nothing if older ciphertext still waits or it is too much to hold.
+    def send_whole(self, data: bytes, *, last: bool = False, hold: bool = False) -> bool:
+        """Encrypt and send all of it, or nothing if the socket has not taken what was before, or it is too much to hold.
 
-        `last`: with close_notify behind it.
+        `last`: with close_notify behind it. `hold`: to be sent by the next `flush`, or with what follows.
         """
-        if last or self._unsent or len(data) > STEP:
-            if len(data) > WHOLE_MAX or (self._unsent and not self._untried and not self.flush()):
+        unsent = self._unsent
+        if last or unsent or len(data) > STEP:
+            if len(data) > WHOLE_MAX or (unsent and (not self._untried or len(unsent) > _HELD) and not self.flush()):
                 return False
-            self._unsent += self._session.encrypt(memoryview(data))
+            unsent += self._session.encrypt(memoryview(data))
             if last:
                 self.notify_close()
+            elif hold:
+                self._untried = True
             else:
                 self.flush()
             return True
         ciphertext = self._session.encrypt_step(data)
+        if hold:
+            unsent.append(ciphertext)
+            self._untried = True
+            return True
         sent = self._kernel.send(self._sock, (ciphertext,), more=False)
         if sent != len(ciphertext):
-            self._unsent = [memoryview(ciphertext)[sent or 0 :]]
+            unsent.append(memoryview(ciphertext)[sent or 0 :])
         return True
 
     def queue(self, ciphertext: bytes) -> None:
@@ -110,7 +118,7 @@ class UserspaceTx:
         unsent = self._unsent
         self._untried = False
         while unsent:
-            sent = self._kernel.send(self._sock, unsent[:IOV_MAX], more=False)
+            sent = self._kernel.send(self._sock, unsent if len(unsent) < IOV_MAX else unsent[:IOV_MAX], more=False)
             if sent is None:
                 return False
             while unsent and sent >= len(unsent[0]):

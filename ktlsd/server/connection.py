@@ -71,6 +71,11 @@ class Connection:
         return self._stage is _Stage.HANDSHAKE
 
     @property
+    def brief(self) -> bool:
+        """Whether it may be one that the short way is enough for."""
+        return self._talk is not None and self._talk.rests
+
+    @property
     def has_ended(self) -> bool:
         """Whether it is closed."""
         return self._stage is _Stage.CLOSED
@@ -97,13 +102,24 @@ class Connection:
         if event.overdue:
             self._due = True
 
-    def answer_known(self, now: float) -> int | None:
+    # The short way in three steps: with many connections each is done for all of them before the next.
+
+    def fetch(self) -> None:
+        """Receive, if it may be a request that came before."""
+        if self._talk is not None and self._talk.rests:
+            self._talk.fetch()
+
+    def answer_known(self, now: float, *, hold: bool = False) -> int | None:
         """Do all that can be done at once if that is answering what came before: return how many bytes that were.
 
-        None: there is more to do than that, `pump` has to follow.
+        None: there is more to do than that, `pump` has to follow. `hold`: else `let_go` has to.
         """
         talk = self._talk
-        return talk.answer_known(now) if talk is not None and talk.rests and not self._due else None
+        return talk.answer_known(now, hold=hold) if talk is not None and talk.rests and not self._due else None
+
+    def let_go(self, now: float) -> bool:
+        """Send what was answered; False: `pump` has to follow."""
+        return self._talk is None or self._talk.let_go(now)
 
     def pump(self, now: float) -> tuple[Turn, str | None]:
         """Do all that can be done at once; return how it ended and, if somebody was at fault, one line about it."""

@@ -35,8 +35,8 @@ class Conversation:
     """HTTP with one client. Belongs to a connection, which knows how it began and ends it when `is_over`."""
 
     __slots__ = (
-        "_channel", "_failure", "_faulted", "_http", "_http1", "_http2", "_key_updates", "_key_updates_seen", "_ledger",
-        "_mode", "_patience", "_sent", "_services", "complaint", "jobs", "rests", "spent",
+        "_answered", "_channel", "_cut", "_failure", "_faulted", "_http", "_http1", "_http2", "_key_updates",
+        "_key_updates_seen", "_ledger", "_mode", "_patience", "_sent", "_services", "complaint", "jobs", "rests", "spent",
     )  # fmt: skip
 
     def __init__(self, channel: PlainChannel, services: Services, patience: Patience, client: str) -> None:
@@ -59,6 +59,8 @@ class Conversation:
         self._key_updates_seen = 0
         self._faulted = False
         self._failure: PeerError | None = None  # what the short way ended with
+        self._answered: list[Known] = []  # by the short way, and not yet sent
+        self._cut = False  # the connection was lost before they were
         self._sent = 0  # bytes that the channel has accepted
         self.spent = 0  # of them since somebody asked
         self.complaint: PeerError | FileTruncated | None = None  # what the log is to say and the connection survives
@@ -66,10 +68,18 @@ class Conversation:
 
     # --- the short way ---------------------------------------------------------------------------------------------
 
-    def answer_known(self, now: float) -> int | None:
-        """While it `rests`: answer requests that came before, in the same form, with what was kept; return how many bytes went.
+    def fetch(self) -> None:
+        """Receive what `answer_known` is going to look at."""
+        try:
+            self._channel.fetch()
+        except PeerError as error:
+            self._failure = error
+            self.rests = False
 
-        None: there is more to do than that, `pump` has to follow.
+    def answer_known(self, now: float, *, hold: bool = False) -> int | None:
+        """While it `rests`: answer requests that came before, in the same form, with what was kept; return how many bytes.
+
+        None: there is more to do than that, `pump` has to follow; else, if they are to be held, `let_go`.
         """
         channel, http1, answers = self._channel, self._http1, self._services.responder
         spent = 0
@@ -86,17 +96,19 @@ class Conversation:
                 self._failure = error
                 break
             if http1 is None:
-                count = self._answer_some(data, now)
+                spent += self._answer_some(data, now, hold)
             else:
                 known = answers.known(data, now)
-                if known is None or not self._send_known(known.wire, known.body_bytes, last=known.last):
+                if known is None or not self._send_known(known.wire, known.body_bytes, last=known.last, hold=hold):
                     self._understand(data, now)
                     break
-                self._ledger.answered(known.request, known.body_bytes, channel, now)
+                if hold:
+                    self._answered.append(known)
+                else:
+                    self._ledger.answered(known.request, known.body_bytes, channel, now)
                 self._patience.rested(now)
-                count = len(known.wire)
-                self.rests = http1.answered(count, last=known.last)
-            spent += count
+                spent += len(known.wire)
+                self.rests = http1.answered(len(known.wire), last=known.last)
             if not self.rests or channel.expiring:
                 break
             if not channel.has_input:
@@ -107,24 +119,45 @@ class Conversation:
         self.spent += spent
         return None
 
+    def let_go(self, now: float) -> bool:
+        """Send what was held, and say so in the log; False: `pump` has to follow."""
+        try:
+            self._channel.try_flush()
+        except PeerError as error:
+            self._failure = error
+            self._cut = bool(self._answered)
+            self.rests = False
+        self._account(now)
+        return self._failure is None
+
+    def _account(self, now: float) -> None:
+        for known in self._answered:
+            if self._cut:
+                self._ledger.cut(known.request, self._channel, now)
+            else:
+                self._ledger.answered(known.request, known.body_bytes, self._channel, now)
+        self._answered.clear()
+
     def greet(self, now: float) -> bool:
         """Begin with what may have come along with the handshake's end; whether that was all, by the short way."""
         spent = self.answer_known(now) if self.rests else None
         self.spent += spent or 0
         return spent is not None
 
-    def _answer_some(self, data: bytes, now: float) -> int:
+    def _answer_some(self, data: bytes, now: float, hold: bool) -> int:
         """The same for HTTP/2, where several requests may come at a time: all of them or none. Return bytes sent."""
         http = self._http2
         assert http is not None
         asked = http.known.read(data)
         answers = self._find(asked, now) if asked is not None else None
         if asked is not None and answers is not None:
+            hold = hold and len(answers) == 1  # more are a batch by themselves
             sizes = [each.body_bytes for each in answers]
             wire = http.known.write(asked, sizes, [each.frames for each in answers], _KNOWN_MAX)
-            if wire is not None and (not wire or self._send_known(wire, max(sizes))):
-                for each in answers:
-                    self._ledger.answered(each.request, each.body_bytes, self._channel, now)
+            if wire is not None and (not wire or self._send_known(wire, max(sizes), last=False, hold=hold)):
+                self._answered += answers
+                if not hold:
+                    self._account(now)
                 if answers:  # not for windows alone
                     self._patience.rested(now)
                 self.rests = http.answered(asked, sum(sizes), sum([len(each.frames) - 2 for each in answers]), now)
@@ -143,10 +176,10 @@ class Conversation:
             answers.append(known)
         return answers
 
-    def _send_known(self, wire: bytes, body_bytes: int, *, last: bool = False) -> bool:
+    def _send_known(self, wire: bytes, body_bytes: int, *, last: bool, hold: bool) -> bool:
         """Send an answer whole or nothing of it; whether it went. If the connection is lost, it is as if it had been begun."""
         try:
-            return self._channel.try_send_whole(wire, body_bytes=body_bytes, last=last)
+            return self._channel.try_send_whole(wire, body_bytes=body_bytes, last=last, hold=hold)
         except PeerError as error:
             self._failure = error
             return False
@@ -160,6 +193,8 @@ class Conversation:
 
     def pump(self, now: float) -> bool:
         """Output, then input, until neither moves; True if the turn's budget ended it. Raises PeerError, FileTruncated."""
+        if self._answered:
+            self.let_go(now)
         if self._failure is not None:
             raise self._failure
         again = self._pump(now)
@@ -334,7 +369,7 @@ class Conversation:
         """Give up the responses that are not complete, log them as such; whether there were any."""
         left = self._http.abandon()
         self._ledger.close(left, self._channel)
-        return any(not each.complete for each in left)
+        return self._cut or any(not each.complete for each in left)
 
     def _complain(self, error: PeerError | FileTruncated, what: str = "ended") -> None:
         count_error(self._services, error, what)

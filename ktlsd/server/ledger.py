@@ -71,6 +71,11 @@ class Ledger:
             ended = Ended(request.stream_id, 200, body_bytes, complete=True)
             self._log(_Pending(request, now), ended, channel)
 
+    def cut(self, request: Request, channel: PlainChannel, now: float) -> None:
+        """As `answered`, but the connection was lost before that was sent; how much of it went is not known."""
+        self.open(request, now)
+        self.close([Ended(request.stream_id, 200, 0, complete=False)], channel)
+
     def _bytes_name(self, channel: PlainChannel) -> str:
         """Return the counter of body bytes; it is made once for each mode."""
         if self._mode is not channel.mode:

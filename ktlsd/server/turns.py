@@ -7,6 +7,7 @@ for every download that runs.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
 _QUOTA: Final = 4 << 20  # bytes a client may send in a round
@@ -17,6 +18,10 @@ class Waiting(Protocol):
     """Something that may have to wait for its turn. It remembers by itself what woke it."""
 
     in_line: bool  # only `Turns` sets it
+
+    @property
+    def brief(self) -> bool:
+        """Whether its turn may be so short that several have theirs together."""
 
 
 _W = TypeVar("_W", bound=Waiting)
@@ -71,6 +76,23 @@ class Turns(Generic[_W]):
         else:
             source.in_line = False
         return source
+
+    def take_brief(self, client: bytes, most: int) -> list[_W]:
+        """Return this client's next connections from which something came, as far as they are brief, and forget them."""
+        line = self._lines[client]
+        taken: list[_W] = []
+        while line.news and len(taken) < most and line.news[0].brief:
+            source = line.news.popleft()
+            source.in_line = False
+            line.news_last = True
+            taken.append(source)
+        return taken
+
+    def put_back(self, client: bytes, sources: Sequence[_W]) -> None:
+        """These are the next again: they were not so brief."""
+        for source in reversed(sources):
+            source.in_line = True
+            self._lines[client].news.appendleft(source)
 
     def rest(self, client: bytes) -> None:
         """Have this client wait behind the others."""

@@ -35,6 +35,8 @@ from ktlsd.tls.session import Session
 _log = logging.getLogger("ktlsd")
 _NOT_BLAMED: Final = 2  # times limits.min_rate: nobody is held back so far that it would be cut for it
 _FEW: Final = 64  # connections: when no more have something to do, what is known is answered without asking whose turn it is
+_COHORT: Final = 64  # connections that take the short way together
+_COHORT_MIN: Final = 6  # with fewer the first would wait for the others, and nobody gain
 _ROUND: Final = 0.005  # seconds after which a round ends with the turn that is on: nobody waits longer to be seen
 BEAT: Final = 1.0  # seconds between signs of life
 
@@ -89,35 +91,49 @@ class Worker:
             ready = self._poller.wait(now, min(until, self._scratch.mappings.sweep(now) or NEVER))
             now = time.monotonic()
             few = len(ready) <= _FEW and not self._turns
+            came: list[Connection] = []
             for event in self._poller.events(ready, now):
                 source = event.source
                 if isinstance(source, Connection):
                     source.note(event)
-                    if not few or self._answer_known(source, now) is None:
+                    if few and event.readable:
+                        came.append(source)
+                    else:
                         self._turns.add(source.guest.client, source, news=event.readable)
                 elif isinstance(source, Listener | Arrival):
                     for new in self._entrance.come_in(source, now, ended=event.ended):
                         self._welcome(new, now)
                 else:
                     self._woken(event, now)
-            until = now + _ROUND
-            for client in self._turns.clients():
-                self._let(client, now, until)
-                if time.monotonic() >= until:
-                    break  # to see who has come meanwhile; the others are the first in the next round
+            for connection in self._answer_known(came, now) if came else ():
+                self._turns.add(connection.guest.client, connection, news=True)
+            if self._turns:
+                self._round(now)
             self._clock(now)
             self._services.access_log.flush()
         self._close()
+
+    def _round(self, now: float) -> None:
+        """Clients have their turns, all of them or as many as there is time for."""
+        until = now + _ROUND
+        for client in self._turns.clients():
+            self._let(client, now, until)
+            if time.monotonic() >= until:
+                break  # to see who has come meanwhile; the others are the first in the next round
 
     def _let(self, client: bytes, now: float, until: float) -> None:
         """Have one client's connections do what they have to, as much as is its share of this round, and not beyond `until`."""
         quota = self._turns.quota()
         while quota > 0:
+            brief = self._turns.take_brief(client, _COHORT)
+            if brief:
+                self._turns.put_back(client, self._answer_known(brief, now))
+                quota -= self._turns.cost(0) * len(brief)
             connection = self._turns.take(client)
             if connection is None:
                 return
-            spent = 0 if connection.has_ended else self._answer_known(connection, now)
-            if spent is None:
+            spent = 0
+            if not connection.has_ended and self._answer_known([connection], now):
                 self._pump(connection, now)
                 spent = connection.take_spent()
                 if self._shares is not None and spent:
@@ -127,19 +143,43 @@ class Worker:
                 break
         self._turns.rest(client)
 
-    def _answer_known(self, connection: Connection, now: float) -> int | None:
-        """Take the short way, if that is all: return how many bytes were sent. None: `_pump` has to follow.
+    def _answer_known(self, connections: Sequence[Connection], now: float) -> list[Connection]:
+        """Take the short way with each; return those for which that is not all: `_pump` has to follow.
 
-        Nothing but the connection's deadline has changed then, which is later now.
+        Of the others nothing but the deadline has changed, which is later now. If they are not few, each step is done for all
+        before the next: the processor has one thing at a time to do, and who waits for several answers is woken once.
         """
-        try:
-            spent = connection.answer_known(now)
-        except Exception:
-            self._drop(connection)
-            return 0
-        if spent and self._shares is not None:
-            self._shares.sent(connection.guest.client, connection.fileno(), spent)
-        return spent
+        left: list[Connection] = []
+        for at in range(0, len(connections), _COHORT):
+            cohort = connections[at : at + _COHORT]
+            together = len(cohort) >= _COHORT_MIN
+            if together:
+                for connection in cohort:
+                    try:
+                        connection.fetch()
+                    except Exception:
+                        self._drop(connection)
+            answered: list[Connection] = []
+            for connection in cohort:
+                try:
+                    spent = connection.answer_known(now, hold=together)
+                except Exception:
+                    self._drop(connection)
+                    continue
+                if spent is None:
+                    left.append(connection)
+                    continue
+                if together:
+                    answered.append(connection)
+                if spent and self._shares is not None:
+                    self._shares.sent(connection.guest.client, connection.fileno(), spent)
+            for connection in answered:
+                try:
+                    if not connection.let_go(now):
+                        left.append(connection)
+                except Exception:
+                    self._drop(connection)
+        return left
 
     def _drop(self, connection: Connection) -> None:
         """An exception that nobody expects is our bug: this connection ends, the worker lives. Call it where it is caught."""

@@ -204,12 +204,11 @@ class Session:
         if self._aligned:
             came = application_bytes(ciphertext)
             self._aligned = came >= 0
-        incoming = self._incoming
-        if self._held_in or incoming.pending or self._outgoing.pending:
+        incoming, outgoing, plain, kept = self._incoming, self._outgoing, b"", False
+        if self._held_in or incoming.pending or outgoing.pending:
             self._put(ciphertext)
         else:
             incoming.write(ciphertext)
-        plain = b""
         try:
             if incoming.pending:
                 plain = self._ssl.read(MAX_PLAINTEXT)
@@ -225,14 +224,22 @@ class Session:
         except ssl.SSLError as exc:
             raise _record_error(exc, self._take()) from exc
         finally:
-            if incoming.pending or self._outgoing.pending:
+            if incoming.pending or outgoing.pending:
+                kept = True
                 self._keep()
         if self._counts:
             self.may_have_logged = not plain or len(plain) != came  # every byte that came was application data, or not
-        self._idle_input = 0 if plain else self._idle_input + len(ciphertext)
+        if plain:
+            self._idle_input = 0
+        if kept or not plain:
+            self._limit(0 if plain else len(ciphertext))
+        return plain
+
+    def _limit(self, count: int) -> None:
+        """What is kept for the peer has its bounds, and what comes and says nothing."""
+        self._idle_input += count
         if self._idle_input > _IDLE_INPUT_MAX or len(self._held_out) > _HELD_OUT_MAX:
             raise UnexpectedMessage("KeyUpdates, and nothing else")
-        return plain
 
     def take_output(self) -> bytes:
         """Return records that OpenSSL wrote by itself while it read: in TLS 1.2 the alert that refuses a renegotiation."""

@@ -231,7 +231,7 @@ def test_what_goes_whole_or_not_goes_whole_or_not_and_keeps_its_place(mode, file
     expected, whole = b"", 0
     for number in range(60):
         small = b"answer %d " % number + CONTENT[: 11 * number]
-        if pair.channel.try_send_whole(small, body_bytes=1):
+        if pair.channel.try_send_whole(small, body_bytes=1, hold=number % 4 == 1):
             whole += 1
         else:
             pair.send_all([small], body_bytes=1)
@@ -277,6 +277,54 @@ def test_what_goes_whole_arrives_whole_even_if_the_socket_takes_less(pair, size)
             assert pair.read(size) == data
     pair.send_all([b"behind"])
     assert pair.read(6) == b"behind"
+
+
+def test_what_is_held_goes_with_what_follows_and_there_is_an_end_to_it():
+    """To a client that doesn't read: what is accepted and kept here is bounded, and nothing of it is lost."""
+    pair = make("userspace", send_buffer=4096, receive_buffer=4096)
+    data = os.urandom(WHOLE_MAX)
+    held = 0
+    while pair.channel.try_send_whole(data, body_bytes=1, hold=True):
+        held += 1
+        assert held < 4
+    pair.channel.try_flush()
+    assert not pair.channel.try_send_whole(b"more", body_bytes=1), "older ciphertext waits for the socket"
+    for _ in range(held):
+        assert pair.read(len(data)) == data
+    for _ in range(3):
+        assert pair.channel.try_send_whole(b"with", body_bytes=1, hold=True)
+    pair.send_all([b"what follows"])
+    assert pair.read(24) == b"with" * 3 + b"what follows"
+    assert pair.channel.try_send_whole(b"the last", body_bytes=1, last=True)
+    pair.exchange()
+    assert pair.read(8) == b"the last"
+    assert pair.client.closed
+    pair.done()
+
+
+def test_what_was_fetched_is_received_next(pair):
+    channel = pair.channel
+    pair.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    channel.fetch()  # nothing there
+    for number, text in enumerate((b"first", b"second")):
+        pair.client.send(text)
+        pair.exchange()
+        channel.note_input(ended=False)
+        channel.fetch()
+        if number:
+            channel.fetch()  # what was fetched is passed on first
+        assert channel.try_receive() == text
+    pair.client.send(b"third")
+    pair.exchange()
+    assert channel.try_receive() is None, "no edge, no input"
+    channel.fetch()
+    channel.note_input(ended=False)
+    assert channel.try_receive() == b"third"
+    pair.sock.close()
+    channel.note_input(ended=True)
+    channel.fetch()
+    with pytest.raises(PeerTruncated):
+        channel.try_receive()
 
 
 def test_a_session_that_stays_in_userspace_forgets_its_secret():

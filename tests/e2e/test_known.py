@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import ssl
+import struct
+import threading
 import time
 from pathlib import Path
 
@@ -383,3 +385,110 @@ def test_windows_alone_do_not_keep_a_connection(tmp_path):
                 assert time.monotonic() - began < 5, "it is kept"
                 assert server.worker._connections
         assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("count", [3, 8, 150])
+def test_many_at_a_time_are_answered_together_each_as_if_alone(server, monkeypatch, count):
+    """Among them one that asks for something else, one that asks five times, one that leaves, one that is lost."""
+    responder = next(iter(server.worker._entrance._doors.values())).services.responder
+    known(server)
+    clients = [Client(server.port) for _ in range(count)]
+    for one in clients:
+        one.say(ASKED)
+        assert one.answer() == b"HTTP/1.1 200 OK " + BODY
+    steps, gate, poll = [], threading.Event(), server.worker._poller.wait
+    for name in ("fetch", "let_go"):
+        real = getattr(Conversation, name)
+        monkeypatch.setattr(Conversation, name, lambda self, *args, _n=name, _r=real: (steps.append(_n), _r(self, *args))[1])
+    waiting = threading.Event()
+    monkeypatch.setattr(server.worker._poller, "wait", lambda *args: (waiting.set(), gate.wait(10), poll(*args))[2])
+    clients[-1].say(ASKED)  # ends the wait that is going on
+    assert waiting.wait(5)
+    assert clients[-1].answer() == b"HTTP/1.1 200 OK " + BODY
+    said = [(ASKED,)] * count
+    said[0] = (ASKED.replace(b"/file", b"/none"),)
+    said[1] = (ASKED,) * 5
+    steps.clear()
+    for one, pieces in zip(clients, said, strict=True):
+        one.say(*pieces, end=one is clients[2])
+    if count > 3:
+        clients[3].sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        clients[3].sock.close()
+    gate.set()
+    assert clients[0].answer().startswith(b"HTTP/1.1 404 ")
+    for one in (*clients[1:3], *clients[4:]):
+        assert one.answer() == b"HTTP/1.1 200 OK " + BODY
+    assert [clients[1].answer() for _ in range(4)] == [b"HTTP/1.1 200 OK " + BODY] * 4
+    assert clients[2].answer() == b""
+    assert ASKED in responder._by_form
+    if count > 3:
+        assert steps[:3] == ["fetch"] * 3, "each step is done for all before the next"
+        assert steps.count("fetch") >= count - 1
+        assert steps.count("let_go") >= count - 4
+    wait_until(lambda: server.metrics.answering == 0)
+    assert "ended:bug" not in server.metrics.counters
+
+
+def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logged_as_cut(server, monkeypatch):
+    clients = [known(server) for _ in range(8)]
+    time.sleep(0.1)
+    before = dict(server.metrics.counters)
+    victim = clients[3].sock.getsockname()[1]
+    real = server.worker._kernel.send
+
+    def lost(sock, buffers, *, more):
+        if sock.getpeername()[1] == victim:
+            raise PeerTruncated("connection lost: no buffer space")
+        return real(sock, buffers, more=more)
+
+    monkeypatch.setattr(server.worker._kernel, "send", lost)
+    gate, waiting, poll = threading.Event(), threading.Event(), server.worker._poller.wait
+    monkeypatch.setattr(server.worker._poller, "wait", lambda *args: (waiting.set(), gate.wait(10), poll(*args))[2])
+    clients[0].say(ASKED)
+    assert clients[0].answer() == b"HTTP/1.1 200 OK " + BODY
+    assert waiting.wait(5)
+    for one in clients:
+        one.say(ASKED)
+    gate.set()
+    for one in (*clients[:3], *clients[4:]):
+        assert one.answer() == b"HTTP/1.1 200 OK " + BODY
+    with pytest.raises(ConnectionResetError):
+        clients[3].sock.recv(1)
+    wait_until(lambda: server.metrics.counters["responses_cut"] == 1)
+    time.sleep(0.1)
+    counters = server.metrics.counters
+    assert counters["requests"] == before["requests"] + 9
+    assert counters["body_bytes:userspace:http/1.1"] == before["body_bytes:userspace:http/1.1"] + 8 * len(BODY)
+    assert server.metrics.answering == 0
+    entries = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert [entry["complete"] for entry in entries].count(False) == 1
+
+
+def test_an_exception_in_any_step_ends_one_connection_and_not_the_others(server, monkeypatch):
+    clients = [known(server) for _ in range(8)]
+    for name in ("fetch", "answer_known", "let_go"):
+        real, victim = getattr(Conversation, name), clients.pop()
+        number = victim.sock.getsockname()[1]
+
+        def fails(self, *args, _real=real, _number=number, **more):
+            if self._channel._sock.getpeername()[1] == _number:
+                raise RuntimeError("a bug")
+            return _real(self, *args, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Conversation, name, fails)
+            gate, waiting, poll = threading.Event(), threading.Event(), server.worker._poller.wait
+            patch.setattr(
+                server.worker._poller, "wait", lambda *a, _p=poll, _g=gate, _w=waiting: (_w.set(), _g.wait(10), _p(*a))[2]
+            )
+            clients[0].say(ASKED)
+            assert clients[0].answer() == b"HTTP/1.1 200 OK " + BODY
+            assert waiting.wait(5)
+            for one in (*clients, victim):
+                one.say(ASKED)
+            gate.set()
+            for one in clients:
+                assert one.answer() == b"HTTP/1.1 200 OK " + BODY
+            with contextlib.suppress(ConnectionResetError):
+                assert victim.answer() is None
+    assert server.metrics.counters["ended:bug"] == 3

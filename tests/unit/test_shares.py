@@ -74,9 +74,10 @@ def test_where_there_is_room_nobody_is_held_back():
 
 
 class Source:
-    def __init__(self, fd):
+    def __init__(self, fd, *, brief=False):
         self.fd = fd
         self.in_line = False
+        self.brief = brief
 
 
 def served(turns, cost):
@@ -147,4 +148,27 @@ def test_what_came_does_not_wait_for_all_that_goes_on_nor_that_for_it():
     while (source := turns.take(b"one")) is not None:
         order.append(source.fd)
     assert order == [100, 0, 101, 1, 102, 2, 103, 3, 4, 5, 6, 7, 8, 9]
+    assert not turns
+
+
+def test_brief_ones_are_taken_together_and_what_goes_on_has_its_turn_between_them():
+    turns = Turns()
+    for fd in range(100, 107):
+        turns.add(b"one", Source(fd, brief=fd != 104), news=True)
+    for fd in range(3):
+        turns.add(b"one", Source(fd))
+    taken = turns.take_brief(b"one", 3)
+    assert [source.fd for source in taken] == [100, 101, 102]
+    assert not any(source.in_line for source in taken)
+    turns.put_back(b"one", taken[1:])
+    turns.add(b"one", taken[2], news=True)  # it stands there already
+    assert turns.take(b"one").fd == 0
+    taken[1].brief = taken[2].brief = False
+    assert turns.take_brief(b"one", 3) == []
+    assert [turns.take(b"one").fd for _ in range(3)] == [101, 1, 102]
+    assert [source.fd for source in turns.take_brief(b"one", 3)] == [103]
+    assert [turns.take(b"one").fd for _ in range(2)] == [2, 104]
+    assert [source.fd for source in turns.take_brief(b"one", 3)] == [105, 106]
+    assert turns.take_brief(b"one", 3) == []
+    assert turns.take(b"one") is None
     assert not turns
