@@ -90,19 +90,22 @@ $(VENV)/bin/pip:
 # Or every start compiles it, where Python may not write.
 COMPILED := $(BIN)/python -m compileall -q ktlsd
 
+# Found by a path, not by a finder that every start would have to import first.
+PIP := $(BIN)/pip install -q --disable-pip-version-check --config-settings editable_mode=compat
+
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
 	@echo "installing into $(VENV), once"
-	$(BIN)/pip install -q --disable-pip-version-check -e .
+	$(PIP) -e .
 	@$(COMPILED)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	$(PIP) -e '.[test]'
 	@$(COMPILED)
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint,test]'
+	$(PIP) -e '.[lint,test]'
 	@$(COMPILED)
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
