@@ -278,6 +278,7 @@ def known2(server, **options):
         assert bytes(made.fetch("/file").body) == BODY
     responder = next(iter(server.worker._entrance._doors.values())).services.responder
     assert any(isinstance(form, tuple) for form in responder._by_form)
+    time.sleep(0.1)  # the last answer is counted after it has been sent
     return made
 
 
@@ -304,7 +305,7 @@ def test_streams_that_come_together_are_all_answered(server, taken):
     before = len(taken)
     one.said()
     assert [bytes(stream.body) for stream in one.finish(*streams)] == [BODY] * 20
-    assert len(taken) == before + 20
+    wait_until(lambda: len(taken) == before + 20)  # counted after it has been sent
     assert one.fetch("/gone").status == 404
     assert bytes(one.fetch("/file").body) == BODY
 
@@ -340,8 +341,8 @@ def test_http2_is_logged_and_counted_as_on_the_long_way(server, taken):
     one = known2(server)
     for _ in range(3):
         one.fetch("/file")
-    assert len(taken) >= 4
     time.sleep(0.1)
+    assert len(taken) >= 4
     entries = [json.loads(line) for line in server.log.read_text().splitlines()]
     told = [{k: v for k, v in entry.items() if k not in ("time", "duration")} for entry in entries]
     assert len(told) == 7
@@ -354,7 +355,6 @@ def test_http2_is_logged_and_counted_as_on_the_long_way(server, taken):
 
 def test_a_connection_of_http2_that_is_lost_while_it_is_answered_is_counted_as_cut(server, taken, monkeypatch):
     one = known2(server)
-    time.sleep(0.1)  # the last answer is counted after it has been sent
     before = len(taken)
 
     def lost(*_, **__):
@@ -388,7 +388,7 @@ def test_windows_alone_do_not_keep_a_connection(tmp_path):
         assert time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize("count", [3, 8, 150])
+@pytest.mark.parametrize("count", [3, 20, 150])
 def test_many_at_a_time_are_answered_together_each_as_if_alone(server, monkeypatch, count):
     """Among them one that asks for something else, one that asks five times, one that leaves, one that is lost."""
     responder = next(iter(server.worker._entrance._doors.values())).services.responder
@@ -431,7 +431,7 @@ def test_many_at_a_time_are_answered_together_each_as_if_alone(server, monkeypat
 
 
 def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logged_as_cut(server, monkeypatch):
-    clients = [known(server) for _ in range(8)]
+    clients = [known(server) for _ in range(20)]
     time.sleep(0.1)
     before = dict(server.metrics.counters)
     victim = clients[3].sock.getsockname()[1]
@@ -458,15 +458,15 @@ def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logg
     wait_until(lambda: server.metrics.counters["responses_cut"] == 1)
     time.sleep(0.1)
     counters = server.metrics.counters
-    assert counters["requests"] == before["requests"] + 9
-    assert counters["body_bytes:userspace:http/1.1"] == before["body_bytes:userspace:http/1.1"] + 8 * len(BODY)
+    assert counters["requests"] == before["requests"] + 21
+    assert counters["body_bytes:userspace:http/1.1"] == before["body_bytes:userspace:http/1.1"] + 20 * len(BODY)
     assert server.metrics.answering == 0
     entries = [json.loads(line) for line in server.log.read_text().splitlines()]
     assert [entry["complete"] for entry in entries].count(False) == 1
 
 
 def test_an_exception_in_any_step_ends_one_connection_and_not_the_others(server, monkeypatch):
-    clients = [known(server) for _ in range(8)]
+    clients = [known(server) for _ in range(20)]
     for name in ("fetch", "answer_known", "let_go"):
         real, victim = getattr(Conversation, name), clients.pop()
         number = victim.sock.getsockname()[1]
