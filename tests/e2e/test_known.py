@@ -388,6 +388,17 @@ def test_windows_alone_do_not_keep_a_connection(tmp_path):
         assert time.monotonic() - began < 3
 
 
+def hold_up(server, patch):
+    """Have the worker wait before it looks who has come; return what lets it go on."""
+    gate, waiting, poll = threading.Event(), threading.Event(), server.worker._poller.wait
+    nudge = Client(server.port)
+    patch.setattr(server.worker._poller, "wait", lambda *args: (waiting.set(), gate.wait(10), poll(*args))[2])
+    nudge.say(ASKED)  # ends the wait that is going on, if it is not over; answered now or later
+    assert waiting.wait(5)
+    gate.nudge = nudge
+    return gate
+
+
 @pytest.mark.parametrize("count", [3, 20, 150])
 def test_many_at_a_time_are_answered_together_each_as_if_alone(server, monkeypatch, count):
     """Among them one that asks for something else, one that asks five times, one that leaves, one that is lost."""
@@ -397,15 +408,11 @@ def test_many_at_a_time_are_answered_together_each_as_if_alone(server, monkeypat
     for one in clients:
         one.say(ASKED)
         assert one.answer() == b"HTTP/1.1 200 OK " + BODY
-    steps, gate, poll = [], threading.Event(), server.worker._poller.wait
+    steps = []
     for name in ("fetch", "let_go"):
         real = getattr(Conversation, name)
         monkeypatch.setattr(Conversation, name, lambda self, *args, _n=name, _r=real: (steps.append(_n), _r(self, *args))[1])
-    waiting = threading.Event()
-    monkeypatch.setattr(server.worker._poller, "wait", lambda *args: (waiting.set(), gate.wait(10), poll(*args))[2])
-    clients[-1].say(ASKED)  # ends the wait that is going on
-    assert waiting.wait(5)
-    assert clients[-1].answer() == b"HTTP/1.1 200 OK " + BODY
+    gate = hold_up(server, monkeypatch)
     said = [(ASKED,)] * count
     said[0] = (ASKED.replace(b"/file", b"/none"),)
     said[1] = (ASKED,) * 5
@@ -443,11 +450,7 @@ def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logg
         return real(sock, buffers, more=more)
 
     monkeypatch.setattr(server.worker._kernel, "send", lost)
-    gate, waiting, poll = threading.Event(), threading.Event(), server.worker._poller.wait
-    monkeypatch.setattr(server.worker._poller, "wait", lambda *args: (waiting.set(), gate.wait(10), poll(*args))[2])
-    clients[0].say(ASKED)
-    assert clients[0].answer() == b"HTTP/1.1 200 OK " + BODY
-    assert waiting.wait(5)
+    gate = hold_up(server, monkeypatch)
     for one in clients:
         one.say(ASKED)
     gate.set()
@@ -478,13 +481,7 @@ def test_an_exception_in_any_step_ends_one_connection_and_not_the_others(server,
 
         with monkeypatch.context() as patch:
             patch.setattr(Conversation, name, fails)
-            gate, waiting, poll = threading.Event(), threading.Event(), server.worker._poller.wait
-            patch.setattr(
-                server.worker._poller, "wait", lambda *a, _p=poll, _g=gate, _w=waiting: (_w.set(), _g.wait(10), _p(*a))[2]
-            )
-            clients[0].say(ASKED)
-            assert clients[0].answer() == b"HTTP/1.1 200 OK " + BODY
-            assert waiting.wait(5)
+            gate = hold_up(server, patch)
             for one in (*clients, victim):
                 one.say(ASKED)
             gate.set()
