@@ -35,8 +35,9 @@ from ktlsd.tls.session import Session
 _log = logging.getLogger("ktlsd")
 _NOT_BLAMED: Final = 2  # times limits.min_rate: nobody is held back so far that it would be cut for it
 _FEW: Final = 64  # connections: when no more have something to do, what is known is answered without asking whose turn it is
-_COHORT: Final = 64  # connections that take the short way together
+_COHORT: Final = 64  # connections that may take the short way together
 _COHORT_MIN: Final = 16  # with fewer it makes no difference, but that the first waits for the others
+_MUCH: Final = 65_536  # bytes of answers after which the clock is looked at
 _ROUND: Final = 0.005  # seconds after which a round ends with the turn that is on: nobody waits longer to be seen
 BEAT: Final = 1.0  # seconds between signs of life
 
@@ -144,41 +145,42 @@ class Worker:
         self._turns.rest(client)
 
     def _answer_known(self, connections: Sequence[Connection], now: float) -> list[Connection]:
-        """Take the short way with each; return those for which that is not all: `_pump` has to follow.
+        """Take the short way with each; return those for which that is not all, or for which the round had no time.
 
         Of the others nothing but the deadline has changed, which is later now. If they are not few, each step is done for all
         before the next: the processor has one thing at a time to do, and who waits for several answers is woken once.
         """
         left: list[Connection] = []
-        for at in range(0, len(connections), _COHORT):
-            cohort = connections[at : at + _COHORT]
-            together = len(cohort) >= _COHORT_MIN
+        answered: list[Connection] = []
+        together = len(connections) >= _COHORT_MIN
+        if together:
+            for connection in connections:
+                try:
+                    connection.fetch()
+                except Exception:
+                    self._drop(connection)
+        following = iter(connections)
+        for connection in following:
+            try:
+                spent = connection.answer_known(now, hold=together)
+            except Exception:
+                self._drop(connection)
+                continue
+            if spent is None:
+                left.append(connection)
+                continue
             if together:
-                for connection in cohort:
-                    try:
-                        connection.fetch()
-                    except Exception:
-                        self._drop(connection)
-            answered: list[Connection] = []
-            for connection in cohort:
-                try:
-                    spent = connection.answer_known(now, hold=together)
-                except Exception:
-                    self._drop(connection)
-                    continue
-                if spent is None:
+                answered.append(connection)
+            if spent and self._shares is not None:
+                self._shares.sent(connection.guest.client, connection.fileno(), spent)
+            if spent > _MUCH and time.monotonic() >= now + _ROUND:
+                left += following
+        for connection in answered:
+            try:
+                if not connection.let_go(now):
                     left.append(connection)
-                    continue
-                if together:
-                    answered.append(connection)
-                if spent and self._shares is not None:
-                    self._shares.sent(connection.guest.client, connection.fileno(), spent)
-            for connection in answered:
-                try:
-                    if not connection.let_go(now):
-                        left.append(connection)
-                except Exception:
-                    self._drop(connection)
+            except Exception:
+                self._drop(connection)
         return left
 
     def _drop(self, connection: Connection) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from ktlsd.errors import PeerTruncated
 from ktlsd.protocol.http2 import Http2Connection
-from ktlsd.server import hot
+from ktlsd.server import hot, worker
 from ktlsd.server.conversation import Conversation
 from ktlsd.settings import Limits
 from tests import client
@@ -435,6 +435,20 @@ def test_many_at_a_time_are_answered_together_each_as_if_alone(server, monkeypat
         assert steps.count("let_go") >= count - 4
     wait_until(lambda: server.metrics.answering == 0)
     assert "ended:bug" not in server.metrics.counters
+
+
+@pytest.mark.parametrize("count", [20, 150])
+def test_those_for_whom_a_round_has_no_time_have_their_turn_in_the_next(server, monkeypatch, count):
+    clients = [known(server) for _ in range(count)]
+    monkeypatch.setattr(worker, "_MUCH", 0)
+    monkeypatch.setattr(worker, "_ROUND", 0.0)
+    gate = hold_up(server, monkeypatch)
+    for one in clients:
+        one.say(ASKED)
+    gate.set()
+    for one in clients:
+        assert one.answer() == b"HTTP/1.1 200 OK " + BODY
+    assert not server.worker._turns
 
 
 def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logged_as_cut(server, monkeypatch):
