@@ -37,6 +37,8 @@ class Frame(NamedTuple):
 class Input:
     """Cuts frames off what has come."""
 
+    __slots__ = ("_block_left", "_budgets", "_buffer", "_continuations", "_started", "settled")
+
     def __init__(self, budgets: Budgets) -> None:
         self._budgets = budgets
         self._buffer = bytearray()

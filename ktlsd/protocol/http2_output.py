@@ -37,6 +37,8 @@ class _Unit:
 class Output:
     """Streams with something to say, and in what order they say it."""
 
+    __slots__ = ("_blocked", "_ended", "_engine", "_level", "_plan", "_queue", "progress", "queued", "streams")
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._queue: list[_Unit] = []  # a deque takes 760 bytes, for every idle connection
@@ -81,7 +83,7 @@ class Output:
 
     def abort(self, stream_id: int) -> None:
         """Forget a stream that ends before its response is complete; a frame that has begun goes to its end."""
-        stream = self.streams.pop(stream_id, None)
+        stream = self._forget(stream_id)
         if stream is not None:
             stream.close()
             self._plan.clear()
@@ -89,6 +91,12 @@ class Output:
             if rest is not None and rest.stream is stream:  # of a frame whose payload counts as sent
                 stream.body_sent -= min(len(rest.segment), rest.payload)
             self._ended.append(Ended(stream_id, stream.status, stream.body_sent, complete=False))
+
+    def _forget(self, stream_id: int) -> Stream | None:
+        stream = self.streams.pop(stream_id, None)
+        if not self.streams:
+            self.streams = {}  # an emptied one keeps its room
+        return stream
 
     def abort_all(self) -> None:
         """Forget all streams."""
@@ -359,7 +367,7 @@ class Output:
         stream = unit.stream
         if stream is None or not unit.end or self.streams.get(stream.id) is not stream:
             return
-        del self.streams[stream.id]
+        self._forget(stream.id)
         self._ended.append(Ended(stream.id, stream.status, stream.body_sent, complete=True))
         if stream.request_open:  # what the client still wants to send is not wanted (RFC 9113 §8.1)
             self._engine.reset_stream(stream.id, ErrorCodes.NO_ERROR)

@@ -59,7 +59,7 @@ class Conversation:
         self._key_updates_seen = 0
         self._faulted = False
         self._failure: PeerError | None = None  # what the short way ended with
-        self._answered: list[Known] = []  # by the short way, and not yet sent
+        self._answered: tuple[Known, ...] = ()  # by the short way, and not yet sent
         self._cut = False  # the connection was lost before they were
         self._sent = 0  # bytes that the channel has accepted
         self.spent = 0  # of them since somebody asked
@@ -103,7 +103,7 @@ class Conversation:
                     self._understand(data, now)
                     break
                 if hold:
-                    self._answered.append(known)
+                    self._answered += (known,)
                 else:
                     self._ledger.answered(known.request, known.body_bytes, channel, now)
                 self._patience.rested(now)
@@ -136,7 +136,7 @@ class Conversation:
                 self._ledger.cut(known.request, self._channel, now)
             else:
                 self._ledger.answered(known.request, known.body_bytes, self._channel, now)
-        self._answered.clear()
+        self._answered = ()
 
     def greet(self, now: float) -> bool:
         """Begin with what may have come along with the handshake's end; whether that was all, by the short way."""
@@ -155,7 +155,7 @@ class Conversation:
             sizes = [each.body_bytes for each in answers]
             wire = http.known.write(asked, sizes, [each.frames for each in answers], _KNOWN_MAX)
             if wire is not None and (not wire or self._send_known(wire, max(sizes), last=False, hold=hold)):
-                self._answered += answers
+                self._answered += tuple(answers)
                 if not hold:
                     self._account(now)
                 if answers:  # not for windows alone

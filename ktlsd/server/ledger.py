@@ -60,6 +60,8 @@ class Ledger:
                 self._metrics.count("responses_cut")
             if self._logs:
                 self._log(pending, each, channel)
+        if not self._pending:
+            self._pending = {}  # an emptied one keeps its room
 
     def answered(self, request: Request, body_bytes: int, channel: PlainChannel, now: float) -> None:
         """A request came in the turn that began at `now` and was answered at once, with 200 and all of its body."""

@@ -25,7 +25,7 @@ class Hello:
         self._message = b""
         self.done = False
         self.random: bytes | None = None
-        self.extensions: frozenset[int] = frozenset()
+        self.extensions: tuple[int, ...] = ()  # their numbers
 
     def feed(self, wire: bytes) -> None:
         """Account for bytes of this direction, in order and in any pieces; nothing happens once `done`."""
@@ -60,18 +60,18 @@ class Hello:
                 self.extensions = _extension_types(message[38:])
 
 
-def _extension_types(rest: bytes) -> frozenset[int]:
+def _extension_types(rest: bytes) -> tuple[int, ...]:
     """Return the extension numbers of a ClientHello from behind its random."""
     try:
         at = 1 + rest[0]  # legacy_session_id
         at += 2 + int.from_bytes(rest[at : at + 2], "big")  # cipher_suites
         at += 1 + rest[at]  # legacy_compression_methods
     except IndexError:
-        return frozenset()
+        return ()
     end = at + 2 + int.from_bytes(rest[at : at + 2], "big")
     at += 2
     found = set()
     while at + 4 <= min(end, len(rest)):
         found.add(int.from_bytes(rest[at : at + 2], "big"))
         at += 4 + int.from_bytes(rest[at + 2 : at + 4], "big")
-    return frozenset(found)
+    return tuple(found)

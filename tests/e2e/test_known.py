@@ -448,7 +448,7 @@ def test_those_for_whom_a_round_has_no_time_have_their_turn_in_the_next(server, 
     gate.set()
     for one in clients:
         assert one.answer() == b"HTTP/1.1 200 OK " + BODY
-    assert not server.worker._turns
+    wait_until(lambda: not server.worker._turns)
 
 
 def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logged_as_cut(server, monkeypatch):
