@@ -21,7 +21,7 @@ _BURST_MIN: Final = 4 * records.MAX_PLAINTEXT
 _BURST_MAX: Final = 16 * records.MAX_PLAINTEXT
 _TAIL: Final = records.MAX_PLAINTEXT  # a rest that is no longer goes along with the last step
 WHOLE_MAX: Final = _BURST_MAX  # bytes that go whole or not at all
-_HELD: Final = 4  # pieces of ciphertext that may wait for the next `flush` before more is held
+_HELD: Final = 1  # pieces of ciphertext that may wait for the next `flush`; more goes only when they have gone
 _STEPS: Final = 4  # in one call, while the socket takes them
 SCRATCH: Final = 524_288  # bytes
 
