@@ -117,16 +117,17 @@ class PlainChannel:
     def fetch(self) -> None:
         """Receive now what `try_receive` is going to return. Raises PeerTruncated."""
         if self.has_input and self._came is None:
-            self._came = self._kernel.receive(self._sock, _RECEIVE)
+            self._came = self._take()
 
     def _receive(self) -> bytes | None:
-        if not self.has_input:
-            return None
         data = self._came
-        if data is None:
-            data = self._kernel.receive(self._sock, _RECEIVE)
-        else:
+        if data is not None:
             self._came = None
+            return data
+        return self._take() if self.has_input else None
+
+    def _take(self) -> bytes | None:
+        data = self._kernel.receive(self._sock, _RECEIVE)
         # A short read has emptied the socket, if not the end stands behind it; whatever comes later is a new edge.
         if data is None or (0 < len(data) < _RECEIVE and not self._ended):
             self.has_input = False

@@ -73,7 +73,7 @@ class Connection:
     @property
     def brief(self) -> bool:
         """Whether it may be one that the short way is enough for."""
-        return self._talk is not None and self._talk.rests
+        return self._talk is not None and self._talk.rests and not self._due
 
     @property
     def has_ended(self) -> bool:
@@ -106,7 +106,7 @@ class Connection:
 
     def fetch(self) -> None:
         """Receive, if it may be a request that came before."""
-        if self._talk is not None and self._talk.rests:
+        if self._talk is not None and self._talk.rests and not self._due:
             self._talk.fetch()
 
     def answer_known(self, now: float, *, hold: bool = False) -> int | None:

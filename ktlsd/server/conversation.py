@@ -151,7 +151,7 @@ class Conversation:
         asked = http.known.read(data)
         answers = self._find(asked, now) if asked is not None else None
         if asked is not None and answers is not None:
-            hold = hold and len(answers) == 1  # more are a batch by themselves
+            hold = hold and len(answers) <= 1  # more are a batch by themselves
             sizes = [each.body_bytes for each in answers]
             wire = http.known.write(asked, sizes, [each.frames for each in answers], _KNOWN_MAX)
             if wire is not None and (not wire or self._send_known(wire, max(sizes), last=False, hold=hold)):

@@ -106,7 +106,7 @@ class Worker:
                         self._welcome(new, now)
                 else:
                     self._woken(event, now)
-            for connection in self._answer_known(came, now) if came else ():
+            for connection in self._answer_known(came, now)[0] if came else ():
                 self._turns.add(connection.guest.client, connection, news=True)
             if self._turns:
                 self._round(now)
@@ -128,13 +128,14 @@ class Worker:
         while quota > 0:
             brief = self._turns.take_brief(client, _COHORT)
             if brief:
-                self._turns.put_back(client, self._answer_known(brief, now))
-                quota -= self._turns.cost(0) * len(brief)
+                left, spent = self._answer_known(brief, now)
+                self._turns.put_back(client, left)
+                quota -= max(self._turns.cost(0) * len(brief), spent)
             connection = self._turns.take(client)
             if connection is None:
                 return
-            spent = 0
-            if not connection.has_ended and self._answer_known([connection], now):
+            left, spent = ([], 0) if connection.has_ended else self._answer_known([connection], now)
+            if left:
                 self._pump(connection, now)
                 spent = connection.take_spent()
                 if self._shares is not None and spent:
@@ -144,14 +145,15 @@ class Worker:
                 break
         self._turns.rest(client)
 
-    def _answer_known(self, connections: Sequence[Connection], now: float) -> list[Connection]:
-        """Take the short way with each; return those for which that is not all, or for which the round had no time.
+    def _answer_known(self, connections: Sequence[Connection], now: float) -> tuple[list[Connection], int]:
+        """Take the short way with each; return those for which that is not all, or the round had no time, and bytes sent.
 
         Of the others nothing but the deadline has changed, which is later now. If they are not few, each step is done for all
         before the next: the processor has one thing at a time to do, and who waits for several answers is woken once.
         """
         left: list[Connection] = []
         answered: list[Connection] = []
+        total = 0
         together = len(connections) >= _COHORT_MIN
         if together:
             for connection in connections:
@@ -168,12 +170,13 @@ class Worker:
                 continue
             if spent is None:
                 left.append(connection)
-                continue
-            if together:
-                answered.append(connection)
-            if spent and self._shares is not None:
-                self._shares.sent(connection.guest.client, connection.fileno(), spent)
-            if spent > _MUCH and time.monotonic() >= now + _ROUND:
+            else:
+                total += spent
+                if together:
+                    answered.append(connection)
+                if spent and self._shares is not None:
+                    self._shares.sent(connection.guest.client, connection.fileno(), spent)
+            if (spent is None or spent > _MUCH) and time.monotonic() >= now + _ROUND:
                 left += following
         for connection in answered:
             try:
@@ -181,7 +184,7 @@ class Worker:
                     left.append(connection)
             except Exception:
                 self._drop(connection)
-        return left
+        return left, total
 
     def _drop(self, connection: Connection) -> None:
         """An exception that nobody expects is our bug: this connection ends, the worker lives. Call it where it is caught."""

@@ -320,6 +320,17 @@ def test_what_was_fetched_is_received_next(pair):
     channel.fetch()
     channel.note_input(ended=False)
     assert channel.try_receive() == b"third"
+    pair.client.send(b"fourth")
+    pair.exchange()
+    channel.note_input(ended=False)
+    channel.fetch()
+    pair.client.send(b"fifth")  # comes, with an edge, before what was fetched is looked at
+    pair.exchange()
+    channel.note_input(ended=False)
+    assert channel.try_receive() == b"fourth"
+    assert channel.has_input
+    assert channel.try_receive() == b"fifth"
+    assert channel.try_receive() is None
     pair.sock.close()
     channel.note_input(ended=True)
     channel.fetch()

@@ -451,6 +451,30 @@ def test_those_for_whom_a_round_has_no_time_have_their_turn_in_the_next(server, 
     wait_until(lambda: not server.worker._turns)
 
 
+def test_what_comes_to_those_who_wait_for_the_next_round_is_seen(server, monkeypatch):
+    """An edge between the step that received and the step that looks at it belongs to what comes after."""
+    clients = [known(server) for _ in range(20)]
+    monkeypatch.setattr(worker, "_MUCH", 0)
+    monkeypatch.setattr(worker, "_ROUND", 0.0)
+    gate = hold_up(server, monkeypatch)
+    for one in clients:
+        one.say(ASKED)
+    poll, rounds = server.worker._poller.wait, []
+
+    def more(*args):
+        if len(rounds) == 1:  # all were received, one was answered
+            for one in clients:
+                one.say(ASKED)
+            time.sleep(0.05)
+        rounds.append(1)
+        return poll(*args)
+
+    monkeypatch.setattr(server.worker._poller, "wait", more)
+    gate.set()
+    for one in clients:
+        assert [one.answer() for _ in range(2)] == [b"HTTP/1.1 200 OK " + BODY] * 2
+
+
 def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logged_as_cut(server, monkeypatch):
     clients = [known(server) for _ in range(20)]
     time.sleep(0.1)

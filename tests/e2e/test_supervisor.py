@@ -1,5 +1,6 @@
 """Workers die, configurations and certificates change, the program is replaced: whoever is downloading doesn't notice."""
 
+import contextlib
 import json
 import os
 import signal
@@ -278,7 +279,11 @@ def test_a_bad_configuration_changes_nothing_and_says_why(folder):
     with started(folder) as server:
         serving(server)
         workers = server.workers()
-        for text, why in (("[limits]\nidle = 1", "unknown field `idle`"), ("x = [", "not TOML"), ("[log2]", "unknown field")):
+        for text, why in (
+            ("[limits]\nidle = 1", "unknown field `idle`"),
+            ("x = [", "not TOML"),
+            ("[log2]", "unknown field `log2`"),
+        ):
             configure(folder, text)
             server.process.send_signal(signal.SIGHUP)
             wait_until(lambda why=why: said(server, why))
@@ -611,7 +616,8 @@ def test_no_counter_goes_back_whatever_happens_to_the_workers(folder):
 
         def watch():
             while not over.is_set():
-                seen.append(metric(server, "ktlsd_requests_total"))
+                with contextlib.suppress(OSError):  # the worker that is killed may be the one that was asked
+                    seen.append(metric(server, "ktlsd_requests_total"))
 
         watching = threading.Thread(target=watch)
         for _ in range(20):
