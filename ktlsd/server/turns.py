@@ -89,7 +89,7 @@ class Turns(Generic[_W]):
         return taken
 
     def put_back(self, client: bytes, sources: Sequence[_W]) -> None:
-        """These are the next again: they were not so brief."""
+        """These are the next again: they were not so brief, or there was no time."""
         for source in reversed(sources):
             source.in_line = True
             self._lines[client].news.appendleft(source)

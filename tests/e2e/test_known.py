@@ -10,11 +10,13 @@ import struct
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ktlsd.errors import PeerTruncated
 from ktlsd.protocol.http2 import Http2Connection
+from ktlsd.protocol.http2_known import Asked
 from ktlsd.server import hot, worker
 from ktlsd.server.conversation import Conversation
 from ktlsd.settings import Limits
@@ -473,6 +475,50 @@ def test_what_comes_to_those_who_wait_for_the_next_round_is_seen(server, monkeyp
     gate.set()
     for one in clients:
         assert [one.answer() for _ in range(2)] == [b"HTTP/1.1 200 OK " + BODY] * 2
+
+
+class Slow:
+    """A connection that the short way is not enough for, or that is answered with so many bytes."""
+
+    def __init__(self, spent):
+        self.spent, self.asked = spent, 0
+
+    def fetch(self):
+        pass
+
+    def answer_known(self, now, *, hold):
+        self.asked += 1
+        return self.spent
+
+    def let_go(self, now):
+        return True
+
+
+@pytest.mark.parametrize("spent", [None, 100_000])
+def test_the_clock_is_looked_at_after_each_that_takes_its_time(server, monkeypatch, spent):
+    connections = [Slow(spent) for _ in range(40)]
+    left, sent = server.worker._answer_known(connections, time.monotonic() + 60)
+    assert (len(left), sent) == ((40, 0) if spent is None else (0, 4_000_000)), "bytes count against the quota"
+    left, sent = server.worker._answer_known(connections, time.monotonic() - 60)
+    assert left == connections[spent is not None :]
+    assert [each.asked for each in connections] == [2] + [1] * 39
+
+
+def test_windows_behind_a_held_answer_do_not_have_it_counted_before_it_went():
+    accounted = []
+    talk = SimpleNamespace(
+        _http2=SimpleNamespace(
+            known=SimpleNamespace(read=lambda data: Asked([], [], 10, 1), write=lambda *_: b""),
+            answered=lambda *_: True,
+        ),
+        _find=lambda asked, now: [],
+        _answered=("held",),
+        _account=accounted.append,
+    )
+    assert Conversation._answer_some(talk, b"", 1.0, True) == 0
+    assert (talk._answered, accounted) == (("held",), [])
+    assert Conversation._answer_some(talk, b"", 1.0, False) == 0
+    assert accounted == [1.0]
 
 
 def test_a_connection_that_is_lost_when_its_answer_is_let_go_is_counted_and_logged_as_cut(server, monkeypatch):
